@@ -1,0 +1,68 @@
+"""What a person sees: one bar per phase, plain lines where there is no terminal, a closing table."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    console.print(f"r2: {text}", markup=False)
+
+
+class Phase:
+    """The progress of one phase, in steps; silent on every rank but 0."""
+
+    def __init__(self, name: str, steps: int, done: int = 0, show: bool = True):
+        self.name, self.show, self.live = name, show, show and console.is_terminal
+        if self.live:
+            columns = (TextColumn(name), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=console, refresh_per_second=4)
+            self._task = self._progress.add_task("", total=steps, completed=done)
+        self._shown = 0.0
+
+    def __enter__(self) -> "Phase":
+        if self.live:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self._progress.stop()
+
+    def due(self) -> bool:
+        """Whether reading the running metrics for the bar is worth it now."""
+        return self.live and time.monotonic() - self._shown > 0.5
+
+    def update(self, done: int, text: str) -> None:
+        if self.live:
+            self._shown = time.monotonic()
+            self._progress.update(self._task, completed=done, description=text)
+
+    def epoch(self, text: str) -> None:
+        """One line per epoch, where there is no bar."""
+        if self.show and not self.live:
+            print(f"{self.name}: {text}", file=sys.stdout, flush=True)
+
+
+def summary(record: dict, directory: Path) -> None:
+    """The closing table of one run."""
+    table = Table(title=record["name"], title_justify="left", show_header=False)
+    metrics = record["metrics"]
+    rows: list[tuple[str, Any]] = [
+        ("top-1", f"{metrics['top1']:.2f} %  (top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.3f})"),
+        ("full precision", f"{record['fp32']['top1']:.2f} %"),
+        ("weights", f"largest {record['weights_summary']['max_abs']:.3f}, "
+                    f"mean kurtosis {record['weights_summary']['kurtosis']:.2f} after pretraining"),
+        ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in record["seconds"].items())),
+        ("record", directory / "record.json"),
+    ]  # fmt: skip
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)

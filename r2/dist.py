@@ -1,0 +1,186 @@
+"""torch.distributed: who takes part, on which device, and how a tensor or an object gets from one to another."""
+
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from r2.config import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size`, computing on `device`."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            td.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; plain Python values or CPU tensors."""
+        if self.size == 1:
+            return value
+        box = [value]
+        td.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Rank 0's buffers (BatchNorm statistics), on every rank."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                td.broadcast(buffer, src=0)
+
+    def barrier(self) -> None:
+        self.broadcast(None)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """`model` with gradients averaged over ranks."""
+        if self.size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the batches of all ranks on a CPU, where torch's own SyncBatchNorm does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce
+
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        count = x.numel() // x.shape[1] * td.get_world_size()
+        mean = all_reduce(x.sum((0, 2, 3))) / count
+        centred = x - mean.view(1, -1, 1, 1)
+        variance = all_reduce((centred**2).sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def sync_batchnorm(model: nn.Module, world: World) -> nn.Module:
+    """Every BatchNorm2d of `model` over the batches of all ranks; same parameter names and values."""
+    if world.size == 1:
+        return model
+    if world.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d
+    return model
+
+
+def launch(function: Callable[[dict, World], Any], config: dict) -> Any:
+    """Call `function(config, world)` on every device of the config; returns rank 0's result.
+
+    Under torchrun or SLURM the process joins that world. Otherwise PyTorch's elastic launcher starts the workers
+    and hands them the plain dict, so Hydra composes once.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
+        return _join(function, config)
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
+        os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError("MASTER_ADDR: set it to the first node, e.g. $(scontrol show hostnames | head -n1)")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        return _join(function, config)
+    count = device_count(config["devices"])
+    if count == 1:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return function(config, World(device=device))
+    return _start(function, config, count)
+
+
+def device_count(devices: int | str) -> int:
+    """Processes to start: one per GPU, or as asked."""
+    gpus = torch.cuda.device_count()
+    if devices == "auto":
+        return max(gpus, 1)
+    available, kind = (gpus, "GPU") if gpus else (os.cpu_count() or 1, "CPU core")
+    if int(devices) > available:
+        raise UserError(f"devices={devices}: this machine has {available} {kind}{'s' * (available > 1)}")
+    return int(devices)
+
+
+def _start(function: Callable, config: dict, count: int) -> Any:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    try:
+        return elastic_launch(settings, _worker)(function, config)[0]
+    except SignalException as stop:
+        raise SystemExit(128 + stop.sigval) from None
+    except ChildFailedError as error:
+        first = error.get_first_failure()[1]
+        if first.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGUSR1, 2):
+            raise SystemExit(first.exitcode) from None  # the worker has said why
+        raise
+
+
+def _worker(function: Callable, config: dict) -> Any:
+    # PyTorch's `record` hands a worker's traceback to the launcher.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(_join)(function, config)
+
+
+def _join(function: Callable, config: dict) -> Any:
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK={local}: this machine has {torch.cuda.device_count()} GPUs")
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    td.init_process_group(backend, timeout=timedelta(seconds=config["dist_timeout_seconds"]))
+    world = World(td.get_rank(), td.get_world_size(), device)
+    try:
+        result = function(config, world)
+    except UserError as error:
+        print(f"r2: {error}" if world.main else "", file=sys.stderr, end="\n" if world.main else "", flush=True)
+        time.sleep(0.5 * (not world.main))  # let rank 0 be the first to leave
+        raise SystemExit(2) from None
+    td.destroy_process_group()
+    return result

@@ -1,0 +1,48 @@
+"""`fused`: one compiled kernel for an elementwise function, and plain PyTorch where nothing can compile it.
+
+The functions it wraps take flat tensors and run at memory speed once fused; written out in eager PyTorch each of
+their operations reads and writes the whole tensor. TORCH_COMPILE_DISABLE=1 (PyTorch's own switch) turns it off.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def fused(function: Callable) -> Callable:
+    """Compile on first use for any tensor length; if that fails, say so once and go on with the plain function."""
+    compiled: Callable | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            compiled = torch.compile(function, dynamic=True, fullgraph=True)
+            try:
+                return compiled(*args)
+            except Exception as error:  # no C++ compiler or Triton on this machine
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(f"{function.__name__} is not fused, and slower: {reason}", stacklevel=2)
+                compiled = function
+        return compiled(*args)
+
+    call.plain = function  # type: ignore[attr-defined]
+    return call
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All elements in memory order, without a copy when the tensor is dense in either memory format."""
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).reshape(-1)
+    return tensor.reshape(-1)
+
+
+def unflat(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `flat`: `values` in the shape and memory format of `like`."""
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        n, c, h, w = like.shape
+        return values.view(n, h, w, c).permute(0, 3, 1, 2)
+    return values.view(like.shape)

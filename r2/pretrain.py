@@ -1,0 +1,67 @@
+"""The pretrained checkpoint of (data, model, regularizer, recipe, seed): loaded if finished, resumed if half done."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from r2 import store
+from r2.config import build, fingerprint, identity
+from r2.data import Data
+from r2.dist import World, sync_batchnorm
+from r2.regularizers import describe
+from r2.store import Run
+from r2.trackers import Tracker
+from r2.train import Recipe, evaluate, sgd, train
+
+
+def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, dict]:
+    """Train from scratch with the regularizer active, unless anybody with this `out` already has.
+
+    Returns:
+        the model in evaluation mode on its device, and what is known of it: metrics, seconds, images/s, weights.
+    """
+    identified = identity(config, ("data", "model", "reg", "recipe"))
+    key = fingerprint(identified)
+    choices = config["choices"]
+    name = f"{choices['data']}_{choices['model']}_{choices['reg']}_s{config['seed']}-{key}"
+    directory = Path(config["out"]) / "pretrained" / name
+    if world.main:
+        store.make_directory(directory)
+    world.barrier()
+    run = Run(directory, key, world, config["seed"], config["checkpoint_seconds"], tracker.log)
+
+    torch.manual_seed(config["seed"])
+    model = build(config["model"], num_classes=data.num_classes).to(world.device)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    finished = directory / "model.pt"
+    with store.lock(directory, world, run.say):
+        if world.broadcast(finished.exists()):
+            state = store.load(finished)
+            model.load_state_dict(state["model"])
+            run.say(f"pretrained: {directory} (finished, not repeated)")
+            return model.eval(), {**state["info"], "directory": str(directory)}
+        if world.main:
+            store.write_json(directory / "config.json", identified)
+        if recipe.sync_bn:
+            model = sync_batchnorm(model, world)
+        initial = describe(model)
+        regularizer = build(config["reg"], model).to(world.device)
+        optimizer = sgd(model, recipe, regularizer)
+        done = train(model, data, recipe, run, "pretrain", [optimizer], regularizer)
+        metrics = evaluate(model, data, world, recipe)
+        info = {
+            "metrics": metrics,
+            "seconds": done["seconds"],
+            "images_per_second": done["images_per_second"],
+            "weights_initial": initial,
+            "weights": describe(model),
+            "sha256": store.digest(model.state_dict()),
+            "skipped_images": data.skipped,
+        }
+        if world.main:
+            store.save(finished, {"format": "r2", "key": key, "model": model.state_dict(), "info": info})
+            store.remove(run.checkpoint("pretrain"), run.checkpoint("pretrain").with_suffix(".previous"))
+        world.barrier()
+    return model.eval(), {**info, "directory": str(directory)}

@@ -1,0 +1,177 @@
+"""EWGS: element-wise gradient scaling (Lee, Kim and Ham, CVPR 2021).
+
+Forward, n = 2^bits - 1 levels:   z = (x - lower) / (upper - lower),  q = round(n clip(z, 0, 1)) / n
+Backward of the discretiser:      g_z = g (1 + delta sign(g) (z - q)),  on the closed interval 0 <= z <= 1
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from r2.kernels import flat, fused, unflat
+
+
+def quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, delta: float | Tensor = 0.0) -> Tensor:
+    """Discretise `x` to 2^bits levels in [0, 1].
+
+    Gradients go to `x`, `lower` and `upper`; clipped elements give none. delta=0 is the straight-through estimator.
+
+    Args:
+        x: any shape.
+        lower, upper: 0-d bounds, lower < upper.
+        bits: 1 to 32.
+        delta: gradient scaling factor, a float or a 0-d tensor.
+    """
+    if not 1 <= bits <= 32:
+        raise ValueError(f"bits must be between 1 and 32, got {bits}")
+    levels = torch.full((), 2.0**bits - 1, dtype=x.dtype, device=x.device)
+    delta = torch.as_tensor(delta, dtype=x.dtype, device=x.device)
+    return _Quantize.apply(x, lower, upper, levels, delta)
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lower, upper, levels, delta):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, lower, upper, levels, delta)
+        values = (_discretise if _fuse(x) else _discretise.plain)(flat(x), lower, upper, levels)
+        return unflat(values, x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, lower, upper, levels, delta = ctx.saved_tensors
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        # The Hessian estimate differentiates this again, which a compiled kernel cannot do.
+        fuse = _fuse(x) and not torch.is_grad_enabled()
+        kernel = _scaled_gradient if fuse else _scaled_gradient.plain
+        gx, gz_z, gz = kernel(flat(x), flat(grad), lower, upper, levels, delta)
+        width = upper - lower
+        # z = (x - l)/(u - l):  dz/du = -z/(u - l),  dz/dl = (z - 1)/(u - l)
+        return unflat(gx, x), ((gz_z - gz) / width).view_as(lower), (-gz_z / width).view_as(upper), None, None
+
+
+def _fuse(x: Tensor) -> bool:
+    return x.numel() >= 4096 and x.dtype != torch.float64
+
+
+@fused
+def _discretise(x: Tensor, lower: Tensor, upper: Tensor, levels: Tensor) -> Tensor:
+    z = ((x - lower) / (upper - lower)).clamp(0, 1)
+    return torch.round(z * levels) / levels
+
+
+@fused
+def _scaled_gradient(
+    x: Tensor, grad: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = (x - lower) / (upper - lower)
+    q = torch.round(z.clamp(0, 1) * levels) / levels
+    # The mask is explicit: the closed interval is the method's, whatever clamp's gradient is at its bounds.
+    gz = torch.where((z >= 0) & (z <= 1), grad * (1 + delta * torch.sign(grad) * (z - q)), 0.0)
+    return gz / (upper - lower), (gz * z).sum(), gz.sum()
+
+
+class Quantizer(nn.Module):
+    """The EWGS parameters of one layer: weight and activation bounds, and the scale of its output.
+
+    Attributes:
+        signed: decided at calibration. An unsigned layer (input after ReLU) is exactly the official form. A signed
+            one convolves q + lower / (upper - lower), the dequantised input over its range, so that zero stays zero.
+    """
+
+    def __init__(self, weight_bits: int, act_bits: int | None, delta: float):
+        super().__init__()
+        self.weight_bits, self.act_bits = weight_bits, act_bits
+        for name in ("weight_lower", "weight_upper", "act_lower", "act_upper", "output_scale"):
+            used = act_bits is not None or not name.startswith("act")
+            setattr(self, name, nn.Parameter(torch.ones(()), requires_grad=used))
+        self.weight_delta: Tensor
+        self.act_delta: Tensor
+        self.signed: Tensor
+        self.register_buffer("weight_delta", torch.tensor(float(delta)))
+        self.register_buffer("act_delta", torch.tensor(float(delta)))
+        self.register_buffer("signed", torch.tensor(0.0))
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, weight: Tensor) -> None:
+        """Official bounds from one batch: 3 std of the weights; 3 std of a half normal for the activations."""
+        spread = weight.std() if weight.numel() > 1 else weight.abs().sum()
+        spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        self.weight_lower.copy_(-3 * spread)
+        self.weight_upper.copy_(3 * spread)
+        if self.act_bits is None:
+            return
+        std = x.std()
+        std = torch.where(std > 0, std, torch.ones_like(std))
+        self.signed.fill_(float(x.min() < 0))
+        if self.signed:
+            self.act_lower.copy_(-3 * std)
+            self.act_upper.copy_(3 * std)
+        else:
+            self.act_lower.copy_(x.min())
+            self.act_upper.copy_(x.min() + 3 * std / math.sqrt(1 - 2 / math.pi))
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """2q - 1 in [-1, 1]."""
+        q = quantize(weight, self.weight_lower, self.weight_upper, self.weight_bits, self.weight_delta)
+        return self.tap("weight", q) * 2 - 1
+
+    def act(self, x: Tensor) -> Tensor:
+        if self.act_bits is None:
+            return x
+        q = quantize(x, self.act_lower, self.act_upper, self.act_bits, self.act_delta)
+        offset = self.act_lower / (self.act_upper - self.act_lower)
+        return self.tap("act", q) + self.signed * offset
+
+    def tap(self, kind: str, q: Tensor) -> Tensor:
+        """Identity; the Hessian estimate replaces it to reach the discrete values."""
+        return q
+
+
+class _Layer:
+    """What the two layers share: calibration, and the quantized operation. Bias stays outside the output scale."""
+
+    quantizer: Quantizer
+    weight: Tensor
+
+    def apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The bare operation, without bias."""
+        raise NotImplementedError
+
+    def quantized(self, x: Tensor) -> Tensor:
+        return self.apply_to(self.quantizer.act(x), self.quantizer.weight(self.weight))
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Bounds from one batch; the output scale makes the quantized operation as large as the original."""
+        self.quantizer.initialise(x, self.weight)
+        size = self.quantized(x).abs().mean()
+        scale = self.apply_to(x, self.weight).abs().mean() / torch.where(size > 0, size, torch.ones_like(size))
+        self.quantizer.output_scale.copy_(scale)
+
+
+class EWGSConv2d(_Layer, nn.Conv2d):
+    """A convolution over discrete weights and inputs."""
+
+    def apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.quantized(x) * self.quantizer.output_scale.abs()
+        return out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
+
+
+class EWGSLinear(_Layer, nn.Linear):
+    """A linear layer over discrete weights and inputs."""
+
+    def apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.quantized(x) * self.quantizer.output_scale.abs()
+        return out if self.bias is None else out + self.bias
+
+
+twins: dict[type, type] = {nn.Conv2d: EWGSConv2d, nn.Linear: EWGSLinear}

@@ -1,0 +1,161 @@
+"""The record of one run: everything needed to read, compare and repeat it, in one JSON file."""
+
+import functools
+import json
+import math
+import platform
+import shlex
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from r2.config import UserError
+
+SCHEMA = 1
+_PACKAGES = ("torch", "torchvision", "hydra-core", "numpy", "scikit-learn")
+
+
+def axes(config: dict, stage: Any) -> dict:
+    """The columns of a table that this run fills one cell of; the paper's tables have the same ones."""
+    choices = config["choices"]
+    return {
+        "data": choices["data"],
+        "model": model_name(choices["model"], config["model"].get("width_mult", 1.0)),
+        "reg": choices["reg"],
+        "stage": choices["stage"],
+        "seed": config["seed"],
+        **stage.axes(),
+    }
+
+
+def model_name(model: str, width_mult: float) -> str:
+    """mbv1-0.25; the paper's ResNet-18 has one width and no suffix."""
+    return "resnet18" if (model, width_mult) == ("rn18", 1.0) else f"{model}-{width_mult}"
+
+
+def weights_summary(weights: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Over the layers: the largest |w|, the mean range and the mean kurtosis."""
+    known = [layer["kurtosis"] for layer in weights.values() if not math.isnan(layer["kurtosis"])]
+    return {
+        "max_abs": max(layer["max_abs"] for layer in weights.values()),
+        "range": sum(layer["range"] for layer in weights.values()) / len(weights),
+        "kurtosis": sum(known) / len(known) if known else 0.0,
+    }
+
+
+def command(config: dict) -> str:
+    """A command line that repeats the run."""
+    return shlex.join(["python", "-m", "r2.run", *config["overrides"]])
+
+
+def provenance(device: Any) -> dict:
+    """Where and with what a run was made."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "device": {"type": device.type, "name": name, "machine": platform.machine()},
+        "versions": versions,
+        "commit": commit(),
+    }
+
+
+@functools.cache
+def commit() -> str | None:
+    """The checkout's commit, with '+' if files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: None stands for it."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_all(folder: Path) -> list[dict]:
+    """Every record in `folder`: <run>/record.json, or *.json that are records.
+
+    Raises:
+        UserError: there is none, or a file is not a record.
+    """
+    paths = sorted([*folder.glob("*/record.json"), *folder.glob("*.json")])
+    records = []
+    for path in paths:
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: is not a record ({error})") from None
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+            raise UserError(f"{path}: is not a record of this version of r2")
+        records.append(found)
+    if not records:
+        raise UserError(f"{folder}: holds no record; run an experiment with out={folder} first")
+    return records
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def run_name(axes: dict) -> str:
+    """Readable and unique up to the hash: digits_mbv1-0.25_margin_ewgs_w2a2_s0."""
+    bits = f"_w{axes['weight_bits']}" if axes.get("weight_bits") else ""
+    bits += f"a{axes['act_bits']}" if axes.get("act_bits") else ""
+    return f"{axes['data']}_{axes['model']}_{axes['reg']}_{axes['stage']}{bits}_s{axes['seed']}"
+
+
+def make(
+    config: dict, axes: dict, directory: Path, pretrained: dict, model: Any, result: dict, data: Any, world: Any
+) -> dict:
+    """Gather a run's record; `result` is what its stage returned."""
+    from r2.regularizers import describe
+    from r2.store import digest
+
+    return finite(
+        {
+            "schema": SCHEMA,
+            "name": directory.name,
+            "axes": axes,
+            "metrics": result["metrics"],
+            "fp32": pretrained["metrics"],
+            "initial": result.get("initial"),
+            "epochs": {"pretrain": config["recipe"]["epochs"], "stage": config["stage"].get("epochs", 0)},
+            "seconds": {"pretrain": pretrained["seconds"], **result["seconds"]},
+            "images_per_second": {
+                "pretrain": pretrained["images_per_second"],
+                "stage": result.get("images_per_second"),
+            },
+            "processes": world.size,
+            "skipped_images": pretrained["skipped_images"] + data.skipped,
+            "weights_summary": weights_summary(pretrained["weights"]),
+            "weights": {
+                "initial": pretrained["weights_initial"],
+                "pretrained": pretrained["weights"],
+                "final": describe(model),
+            },
+            "sha256": {"pretrained": pretrained["sha256"], "final": digest(model.state_dict())},
+            "command": command(config),
+            "config": {k: v for k, v in config.items() if k not in ("choices", "overrides")},
+            "choices": config["choices"],
+            **provenance(world.device),
+        }
+    )

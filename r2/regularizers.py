@@ -1,0 +1,358 @@
+"""Range regularization (paper section 3, Eq. 1-3), KURE and L2, over every convolution and linear weight.
+
+Use them in any loop:
+
+    reg = Margin(model)                       # after model.to(device)
+    optimizer = SGD([{"params": model.parameters()}, *reg.param_groups(lr)], lr)
+    ...
+    loss.backward()
+    reg.add_gradients()                       # the loss's gradient, added in place: no graph, no communication
+    optimizer.step()
+
+or differentiate the value: `(loss + reg()).backward()`. Under DistributedDataParallel `add_gradients` comes after
+`backward`, so after the all-reduce: the term is the same on every rank.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r2.config import Count, NonNegative, Positive
+from r2.kernels import flat, fused
+
+
+def l_inf(w: Tensor) -> Tensor:
+    """max |w| (Eq. 1), a scalar."""
+    return w.abs().amax()
+
+
+def margin(w: Tensor, m: Tensor) -> Tensor:
+    """|m| + sum(relu(|w| - |m|)) (Eq. 2), a scalar; `m` is the layer's 0-d margin.
+
+    The sum runs over the excess alone: its minimum over m is max |w|.
+    """
+    return m.abs() + (w.abs() - m.abs()).relu().sum()
+
+
+def soft_min_max(w: Tensor, alpha: Tensor) -> Tensor:
+    """(s_max - s_min) + exp(-alpha) (Eq. 3), a scalar; `alpha` is the layer's 0-d temperature."""
+    w = w.reshape(-1)
+    s_max = (w * torch.softmax(alpha * w, 0)).sum()
+    s_min = (w * torch.softmax(-alpha * w, 0)).sum()
+    return s_max - s_min + torch.exp(-alpha)
+
+
+def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
+    """(Kurt[w] - target)^2 with the unbiased standard deviation (Shkolnik et al. 2020), a scalar.
+
+    A constant tensor has no kurtosis; its term is 0.
+    """
+    centred = w - w.mean()
+    variance = w.var()
+    if w.numel() < 2 or not variance > 0:
+        return w.sum() * 0
+    return ((centred**4).mean() / variance**2 - target) ** 2
+
+
+def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every convolution and linear weight by name, first and last layers included."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
+
+
+class Regularizer(nn.Module):
+    """A weighted sum of one term per weight tensor (and per column, for `dim` > 1).
+
+    Args:
+        model: on its final device; its weights are held by reference.
+        weight: factor on the whole term.
+        dim: length of the vectors that DKM will cluster (Table 6): `dim` consecutive output channels. The scalar
+            term is applied to each of the `dim` columns and summed.
+    """
+
+    decay = 1.0  # factor on the optimizer's weight decay
+    lr_mult = 1.0  # factor on the learning rate of the term's own parameters
+
+    def __init__(self, model: nn.Module, weight: float = 0.01, dim: int = 1):
+        super().__init__()
+        self.weight, self.dim = weight, dim
+        self._named = weights_of(model)  # a plain dict: the model owns these parameters
+
+    def columns(self) -> Iterator[tuple[int, int, nn.Parameter]]:
+        """(layer, column, weight) in a fixed order."""
+        for layer, w in enumerate(self._named.values()):
+            for column in range(self.dim):
+                yield layer, column, w
+
+    def part(self, w: Tensor, column: int) -> Tensor:
+        return w if self.dim == 1 else w[column :: self.dim]
+
+    def term(self, w: Tensor, layer: int, column: int) -> Tensor:
+        """The differentiable term of one column of one layer."""
+        raise NotImplementedError
+
+    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
+        """The term's value; adds `scale()` times its gradient to the flat `grad`."""
+        raise NotImplementedError
+
+    def scale(self) -> float:
+        return self.weight
+
+    def forward(self) -> Tensor:
+        """The weighted total as a differentiable scalar."""
+        terms = [self.term(self.part(w, j), i, j) for i, j, w in self.columns()]
+        return self.scale() * torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def add_gradients(self) -> Tensor:
+        """Add the total's gradient to every `.grad`, which must exist for the weights; returns the total."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        values = []
+        for i, j, w in self.columns():
+            assert w.grad is not None, "call add_gradients after loss.backward()"
+            if self.dim == 1 and w.stride() == w.grad.stride():
+                values.append(self.term_gradient(flat(w.detach()), flat(w.grad), i, j))
+            else:  # columns are strided: work on a copy of each
+                part, grad = self.part(w.detach(), j), self.part(w.grad, j)
+                added = torch.zeros(part.numel(), dtype=w.dtype, device=w.device)
+                values.append(self.term_gradient(part.reshape(-1), added, i, j))
+                grad += added.view(part.shape)
+        return self.scale() * torch.stack(values).sum()
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The optimizer group of the term's own parameters: no weight decay, their own learning rate."""
+        parameters = list(self.parameters())
+        group = {"params": parameters, "lr": lr * self.lr_mult, "weight_decay": 0.0}
+        return [group] if parameters else []
+
+    def log(self) -> dict[str, float]:
+        """What is worth plotting of the term's own parameters."""
+        return {}
+
+
+class L2(Regularizer):
+    """Weight decay alone, `factor` times the recipe's: the paper's L2 and 10x L2. The optimizer applies it."""
+
+    def __init__(self, model: nn.Module, factor: NonNegative = 1.0):
+        super().__init__(model, weight=0.0)
+        self.decay = factor
+
+    def forward(self) -> Tensor:
+        return torch.zeros((), device=next(iter(self._named.values())).device)
+
+    @torch.no_grad()
+    def add_gradients(self) -> Tensor:
+        return self.forward()
+
+
+class LInf(Regularizer):
+    """Eq. 1: sum over layers of max |w|; a subgradient at one of the largest weights."""
+
+    def __init__(self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1):
+        super().__init__(model, weight, dim)
+
+    def term(self, w: Tensor, layer: int, column: int) -> Tensor:
+        return l_inf(w)
+
+    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
+        index = _argmax_abs(w)
+        value = w[index]
+        grad[index] += self.weight * value.sign()
+        return value.abs().squeeze()
+
+
+def _argmax_abs(w: Tensor) -> Tensor:
+    """Index (1,) of the largest |w|: the maxima of short rows first, so each weight is read once."""
+    rows = w[: w.numel() // 64 * 64].view(-1, 64)
+    candidates = [torch.arange(rows.numel(), w.numel(), device=w.device)]
+    if len(rows):
+        for extreme in (rows.amax(1).argmax(), rows.amin(1).argmin()):
+            candidates.append(extreme * 64 + torch.arange(64, device=w.device))
+    index = torch.cat(candidates)
+    return index[w[index].abs().argmax()].view(1)
+
+
+class Margin(Regularizer):
+    """Eq. 2 with one learnable margin M per layer (and column), initialised at 2 std of the weights.
+
+    dL/dM = 1 - (number of weights outside) is exact under autograd. With N weights it is of order N, and plain SGD
+    throws M far outside the weights (measured; see README, "Differences"). `add_gradients` therefore divides it by N.
+    """
+
+    def __init__(
+        self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1, lr_mult: Positive = 1.0
+    ):
+        super().__init__(model, weight, dim)
+        self.lr_mult = lr_mult
+        start = [2 * self.part(w.detach(), j).std() for _, j, w in self.columns()]
+        self.margin = nn.Parameter(torch.stack(start).view(-1, dim))
+        self._counts = torch.zeros_like(self.margin.detach())
+
+    def term(self, w: Tensor, layer: int, column: int) -> Tensor:
+        return margin(w, self.margin[layer, column])
+
+    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
+        m = self.margin.detach()[layer, column]
+        scale = torch.full((), self.weight, dtype=w.dtype, device=w.device)
+        excess, outside = (_margin if w.numel() >= FUSE_FROM else _margin.plain)(w, grad, m.abs(), scale)
+        assert self.margin.grad is not None
+        self.margin.grad[layer, column] += self.weight * m.sign() * (1 - outside) / w.numel()
+        self._counts[layer, column] = outside
+        return m.abs() + excess
+
+    def log(self) -> dict[str, float]:
+        return {
+            "margin_max": self.margin.detach().abs().max().item(),
+            "outside_max": self._counts.max().item(),
+        }
+
+
+# Shorter tensors are faster through plain PyTorch than the compiler's start-up is worth.
+FUSE_FROM = 1 << 18
+
+
+@fused
+def _margin(w: Tensor, grad: Tensor, m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    size = w.abs()
+    outside = size > m
+    grad.add_(torch.where(outside, torch.sign(w) * scale, 0.0))
+    return torch.where(outside, size - m, 0.0).sum(), outside.sum()
+
+
+class SoftMinMax(Regularizer):
+    """Eq. 3 with one learnable temperature per layer, shared by its columns.
+
+    As written the temperature settles where Var_p + Var_q = exp(-alpha), near -ln(2 var(w)), so the term never
+    becomes a hard min-max (see README, "Differences").
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight: NonNegative = 0.01,
+        dim: Count = 1,
+        temperature: float = 0.1,
+        lr_mult: Positive = 1.0,
+    ):
+        super().__init__(model, weight, dim)
+        self.lr_mult = lr_mult
+        device = next(iter(self._named.values())).device
+        self.temperature = nn.Parameter(torch.full((len(self._named),), temperature, device=device))
+
+    def term(self, w: Tensor, layer: int, column: int) -> Tensor:
+        alpha = self.temperature[layer]
+        return soft_min_max(w, alpha) - (torch.exp(-alpha) if column else 0)
+
+    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
+        use_fused = w.numel() >= FUSE_FROM
+        alpha = self.temperature.detach()[layer]
+        low, high = w.aminmax()
+        # exp(alpha (w - peak)) <= 1 for either sign of alpha
+        top, bottom = torch.where(alpha >= 0, high, low), torch.where(alpha >= 0, low, high)
+        sums = (_soft_sums if use_fused else _soft_sums.plain)(w, alpha, top, bottom)
+        zp, p1, p2, zq, q1, q2 = sums
+        s_max, s_min = p1 / zp, q1 / zq
+        coefficients = torch.stack(
+            [self.weight * (1 - alpha * s_max) / zp, self.weight * alpha / zp,
+             self.weight * (1 + alpha * s_min) / zq, self.weight * alpha / zq]
+        )  # fmt: skip
+        (_soft_gradient if use_fused else _soft_gradient.plain)(w, grad, alpha, top, bottom, *coefficients)
+        spread = (p2 / zp - s_max**2) + (q2 / zq - s_min**2)
+        once = torch.exp(-alpha) if column == 0 else torch.zeros_like(alpha)
+        assert self.temperature.grad is not None
+        self.temperature.grad[layer] += self.weight * (spread - once)
+        return s_max - s_min + once
+
+    def log(self) -> dict[str, float]:
+        alpha = self.temperature.detach()
+        return {"temperature_min": alpha.min().item(), "temperature_max": alpha.max().item()}
+
+
+@fused
+def _soft_sums(w: Tensor, alpha: Tensor, top: Tensor, bottom: Tensor) -> tuple[Tensor, ...]:
+    p, q = torch.exp(alpha * (w - top)), torch.exp(alpha * (bottom - w))
+    pw, qw = p * w, q * w
+    return p.sum(), pw.sum(), (pw * w).sum(), q.sum(), qw.sum(), (qw * w).sum()
+
+
+@fused
+def _soft_gradient(
+    w: Tensor, grad: Tensor, alpha: Tensor, top: Tensor, bottom: Tensor,
+    p0: Tensor, p1: Tensor, q0: Tensor, q1: Tensor
+) -> None:  # fmt: skip
+    # p (1 + alpha (w - s_max)) - q (1 - alpha (w - s_min)), the constants folded
+    p, q = torch.exp(alpha * (w - top)), torch.exp(alpha * (bottom - w))
+    grad.add_(p * (p0 + p1 * w) - q * (q0 - q1 * w))
+
+
+class Kurtosis(Regularizer):
+    """KURE: the mean over layers of (Kurt[w] - target)^2; its official weight is 1.0."""
+
+    def __init__(
+        self, model: nn.Module, weight: NonNegative = 1.0, target: Positive = 1.8, dim: Count = 1
+    ):
+        super().__init__(model, weight, dim)
+        self.target = target
+
+    def scale(self) -> float:
+        return self.weight / len(self._named)
+
+    def term(self, w: Tensor, layer: int, column: int) -> Tensor:
+        return kurtosis(w, self.target)
+
+    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
+        n = w.numel()
+        if n < 2:
+            return torch.zeros((), dtype=w.dtype, device=w.device)
+        use_fused = n >= FUSE_FROM
+        # Power sums about the first weight: exact enough in float32 while the weights are centred near zero.
+        sums = (_moments if use_fused else _moments.plain)(w)
+        raw1, raw2, raw3, raw4 = (s.double() / n if w.device.type != "mps" else s / n for s in sums)
+        mean = raw1
+        m2 = (raw2 - mean**2).clamp(min=0)
+        m3 = raw3 - 3 * mean * raw2 + 2 * mean**3
+        m4 = raw4 - 4 * mean * raw3 + 6 * mean**2 * raw2 - 3 * mean**4
+        variance = m2 * n / (n - 1)
+        valid = variance > 1e-20
+        inverse = torch.where(valid, variance, 1.0).rsqrt()
+        kurt = m4 * inverse**4
+        outer = torch.where(valid, 2 * (kurt - self.target), 0.0) * self.scale()
+        factor = outer * 4 / n * inverse
+        skew = m3 * inverse**3
+        # factor (z^3 - mean z^3 - z k n / (n - 1)), z = (w - mean) inverse
+        arguments = [mean, inverse, factor, -factor * kurt * n / (n - 1), -factor * skew]
+        (_kurtosis_gradient if use_fused else _kurtosis_gradient.plain)(
+            w, grad, *(a.to(w.dtype) for a in arguments)
+        )
+        return torch.where(valid, (kurt - self.target) ** 2, 0.0).to(w.dtype)
+
+
+@fused
+def _moments(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    square = w * w
+    return w.sum(), square.sum(), (square * w).sum(), (square * square).sum()
+
+
+@fused
+def _kurtosis_gradient(
+    w: Tensor, grad: Tensor, mean: Tensor, inverse: Tensor, cubic: Tensor, linear: Tensor, constant: Tensor
+) -> None:
+    z = (w - mean) * inverse
+    grad.add_(z * (cubic * z * z + linear) + constant)
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Per layer: range (max - min), largest size, standard deviation and kurtosis of its weight."""
+    out = {}
+    for name, w in weights_of(model).items():
+        w = w.detach().double()
+        std = w.std().item() if w.numel() > 1 else 0.0
+        kurt = ((w - w.mean()) ** 4).mean().item() / std**4 if std > 0 else math.nan
+        low, high = (v.item() for v in w.aminmax())
+        out[name] = {"range": high - low, "max_abs": max(high, -low), "std": std, "kurtosis": kurt}
+    return out

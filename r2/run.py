@@ -1,0 +1,59 @@
+"""One experiment: compose, pretrain (once), apply the stage, record.
+
+python -m r2.run model=mbv2 reg=margin stage=ewgs
+python -m r2.run -m reg=l2,kure,linf,margin stage=ewgs
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from r2 import cli
+from r2.config import build, fingerprint, identity
+
+if TYPE_CHECKING:
+    from r2.dist import World
+
+
+def start(config: dict) -> dict:
+    """Run a checked plain config on its devices; returns the record."""
+    from r2.dist import launch  # torch is imported here, after every check
+
+    return launch(experiment, config)
+
+
+def experiment(config: dict, world: "World") -> dict:
+    """The whole experiment on one rank; returns the record."""
+    from r2 import console, record, store
+    from r2.pretrain import pretrain
+    from r2.trackers import Tracker
+
+    key = fingerprint(identity(config))
+    stage, recipe = build(config["stage"]), build(config["recipe"])
+    axes = record.axes(config, stage)
+    directory = Path(config["out"]) / f"{record.run_name(axes)}-{key}"
+    if world.main:
+        store.make_directory(directory)
+    world.barrier()
+    run = store.Run(directory, key, world, config["seed"], config["checkpoint_seconds"], lambda row: None)
+    with store.lock(directory, world, run.say):
+        finished = directory / "record.json"
+        if world.broadcast(finished.exists() and not config["force"]):
+            run.say(f"{directory}: finished before, not repeated (force=true repeats it)")
+            found = record.read(finished)
+        else:
+            data = build(config["data"]).to(world)
+            run.say(f"{axes['data']}: {data.describe()}")
+            tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
+            run.log = tracker.log
+            model, pretrained = pretrain(config, data, recipe, world, tracker)
+            model, result = stage(model, data, recipe, run)
+            found = record.make(config, axes, directory, pretrained, model, result, data, world)
+            run.finish(model, found)
+            tracker.close()
+    if world.main:
+        console.summary(found, directory)
+    return found
+
+
+if __name__ == "__main__":
+    cli.main("r2.run")

@@ -1,0 +1,22 @@
+"""`stage=fp32`: the pretrained model as it is."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from r2.data import Data
+from r2.store import Run
+from r2.train import Recipe, evaluate
+
+
+@dataclass(frozen=True)
+class FP32:
+    """No compression."""
+
+    def __call__(self, model: nn.Module, data: Data, recipe: Recipe, run: Run) -> tuple[nn.Module, dict]:
+        """Returns the model and its record: `metrics` and `seconds`."""
+        return model, {"metrics": evaluate(model, data, run.world, recipe), "seconds": {}}
+
+    def axes(self) -> dict:
+        """The columns that tell this stage's records apart."""
+        return {"weight_bits": None, "act_bits": None, "quantized_layers": None}

@@ -1,0 +1,215 @@
+"""Run directories: one writer at a time, atomic writes, checkpoints that are checked when read."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from r2 import console
+from r2.config import UserError
+from r2.dist import World
+
+
+def make_directory(path: Path) -> Path:
+    """Create `path` and check that it can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"out: cannot write to {path} ({error.strerror}); choose another with out=DIR") from None
+    return path
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write all of `data` or nothing, durably.
+
+    Raises:
+        UserError: no space or no permission; what stood there before is untouched.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); what was saved before is intact: "
+            "make room and start the same command again to go on"
+        ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write(path, (json.dumps(value, indent=1, allow_nan=False, default=str) + "\n").encode())
+
+
+def save(path: Path, state: dict) -> None:
+    """A checkpoint of tensors and plain values; the one before it stays as `*.previous`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    if path.exists():
+        # A hard link keeps the old one under both names until the new one replaces it.
+        previous = path.with_suffix(".previous")
+        with contextlib.suppress(OSError):
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
+    write(path, buffer.getvalue())
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint, with weights_only and its checksums verified (torch.load does not verify them).
+
+    Raises:
+        UserError: truncated, altered or not an r2 checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"{path}: damaged at {damaged} (checksum); delete it to start again")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a checkpoint of r2 ({reason}); delete it to start again") from None
+    if not isinstance(state, dict) or state.get("format") != "r2":
+        raise UserError(f"{path}: not a checkpoint of r2; delete it to start again")
+    return state
+
+
+def load_latest(path: Path, say: Any) -> dict | None:
+    """The newest readable checkpoint: `path`, else the one before it, else None."""
+    found = [p for p in (path, path.with_suffix(".previous")) if p.exists()]
+    errors = []
+    for candidate in found:
+        try:
+            return load(candidate)
+        except UserError as error:
+            errors.append(str(error))
+            say(str(error))
+    if errors:
+        raise UserError(errors[0])
+    return None
+
+
+def remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes and bytes of a state dict, in its order."""
+    total = hashlib.sha256()
+    for name, tensor in state.items():
+        array = tensor.detach().cpu().contiguous()
+        total.update(f"{name} {tuple(array.shape)} {array.dtype}\n".encode())
+        total.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
+    """Hold `directory` for all ranks; waits for another process, naming it. The system frees a dead holder's lock."""
+    handle = FileLock(directory / ".lock")
+    owner = directory / ".owner"
+    waiting = False
+    while True:
+        taken = False
+        if world.main:
+            try:
+                # A short try, so that no collective call of the other ranks outlasts its timeout.
+                handle.acquire(timeout=10 if waiting else 0)
+                taken = True
+            except Timeout:
+                if not waiting:
+                    holder = owner.read_text().strip() if owner.exists() else "another process"
+                    say(f"waiting for {holder}, which is working on {directory}")
+        if world.broadcast(taken):
+            break
+        waiting = True
+    try:
+        if world.main:
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+    finally:
+        if world.main:
+            owner.unlink(missing_ok=True)
+            handle.release()
+
+
+@dataclass
+class Run:
+    """Where one piece of work writes, and who takes part in it.
+
+    Attributes:
+        directory: its own; `key` is the fingerprint of the config it was made for.
+        log: receives each epoch's row of metrics.
+    """
+
+    directory: Path
+    key: str
+    world: World
+    seed: int
+    checkpoint_seconds: float
+    log: Callable[[dict], Any]
+
+    def say(self, text: str) -> None:
+        if self.world.main:
+            console.say(text)
+
+    def checkpoint(self, phase: str) -> Path:
+        return self.directory / f"{phase}.ckpt"
+
+    def resume(self, phase: str) -> dict | None:
+        """The state that `save_state` left, on the CPU."""
+        state = load_latest(self.checkpoint(phase), self.say)
+        if state is not None and state["key"] != self.key:
+            raise UserError(
+                f"{self.checkpoint(phase)}: belongs to another config ({state['key']}, this run is {self.key}); "
+                "delete it, or choose another out=DIR"
+            )
+        return state
+
+    def save_state(self, phase: str, **state: Any) -> None:
+        if self.world.main:
+            save(self.checkpoint(phase), {"format": "r2", "key": self.key, **state})
+
+    def write_curve(self, phase: str, rows: list[dict]) -> None:
+        """curve-<phase>.csv, one row per epoch, rewritten whole so that a resumed run repeats none."""
+        if self.world.main and rows:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            write(self.directory / f"curve-{phase}.csv", text.getvalue().encode())
+
+    def finish(self, model: nn.Module, found: dict) -> None:
+        """Write the final weights and then the record, whose presence says that the run is finished."""
+        if self.world.main:
+            save(self.directory / "model.pt", {"format": "r2", "key": self.key, "model": model.state_dict()})
+            write_json(self.directory / "record.json", found)
+            for path in (*self.directory.glob("*.ckpt"), *self.directory.glob("*.previous")):
+                remove(path)
+        self.world.barrier()

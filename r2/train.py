@@ -1,0 +1,384 @@
+"""The one optimisation loop, and evaluation. Pretraining and every fine-tuning stage call it."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from r2.config import Count, Fraction, NonNegative, Positive, UserError
+from r2.console import Phase
+from r2.data import IGNORED, Data, _mix
+from r2.dist import World
+from r2.regularizers import Regularizer
+from r2.store import Run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to optimise. `batch_size` is global: over all devices and all micro-batches of a step."""
+
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    weight_decay: NonNegative
+    warmup_epochs: NonNegative = 0.0
+    momentum: Fraction = 0.9
+    nesterov: bool = True
+    label_smoothing: Fraction = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    accumulate: Count = 1
+    clip_norm: Positive | None = None
+    sync_bn: bool = False
+    finetune: dict = field(default_factory=dict)  # the stages' epochs, batch and learning rates
+
+
+def sgd(model: nn.Module, recipe: Recipe, regularizer: Regularizer | None = None) -> Optimizer:
+    """SGD over the model with the regularizer's weight decay, and over the regularizer's own parameters."""
+    decay = recipe.weight_decay * (regularizer.decay if regularizer else 1.0)
+    groups: list[dict] = [{"params": list(model.parameters()), "weight_decay": decay}]
+    groups += regularizer.param_groups(recipe.lr) if regularizer else []
+    return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.nesterov)
+
+
+def learning_rate(step: int, total: int, warmup: int) -> float:
+    """Factor on every group's learning rate: linear warm-up, then cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class _Stop:
+    """Set by SIGTERM or SIGUSR1; the loop then writes a checkpoint and leaves with 128 + the signal's number."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _set(self, number: int, _: Any) -> None:
+        self.signal = number
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    run: Run,
+    phase: str,
+    optimizers: list[Optimizer],
+    regularizer: Regularizer | None = None,
+    before_epoch: Callable[[int], None] | None = None,
+    frozen: Callable[[], None] | None = None,
+) -> dict:
+    """Optimise `model` in place, going on from the phase's checkpoint if there is one.
+
+    Args:
+        phase: names the checkpoint, the curve and the progress bar.
+        regularizer: its gradient is added after the all-reduce.
+        before_epoch: called with the epoch's number before its first step.
+        frozen: called after every switch to training mode, to put parts back into evaluation mode.
+
+    Returns:
+        seconds, images_per_second, and the curve's rows.
+
+    Raises:
+        UserError: the loss is not finite; names the step, the learning rate and the layer with the largest gradient.
+        SystemExit: stopped by a signal, after writing a checkpoint.
+    """
+    world, device = run.world, run.world.device
+    _check_batch(recipe, world, phase)
+    steps = data.steps(recipe.batch_size)
+    total, warmup = steps * recipe.epochs, round(steps * recipe.warmup_epochs)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16" and device.type == "cuda")
+    position = _Position()
+    state = run.resume(phase)
+    if state is not None:
+        position = _restore(state, model, optimizers, scaler, regularizer, device)
+        run.say(f"{phase}: going on at epoch {position.epoch + 1}, step {position.step}")
+    net = world.parallel(model)
+    forward = torch.compile(net) if recipe.compile else net
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
+    autocast = _autocast(recipe, device)
+    sync_every = 1 if device.type == "cpu" and world.size == 1 else 10
+    stop, began, saved = _Stop(), time.monotonic(), time.monotonic()
+    before = position.seconds
+    sums = position.sums.to(device)
+
+    def write_checkpoint() -> None:
+        nonlocal saved
+        position.seconds, position.sums = before + time.monotonic() - began, sums.cpu()
+        run.save_state(phase, **_state(position, model, optimizers, scaler, regularizer))
+        saved = time.monotonic()
+
+    with stop.watch(), Phase(phase, total, position.epoch * steps + position.step, world.main) as bar:
+        while position.epoch < recipe.epochs:
+            if position.step == 0 and before_epoch:
+                before_epoch(position.epoch)
+            model.train()
+            if frozen:
+                frozen()
+            batches = data.train(recipe.batch_size, run.seed, position.epoch, position.step)
+            losses: list[Tensor] = []
+            for images, labels in batches:
+                step = position.epoch * steps + position.step
+                torch.manual_seed(_mix(run.seed, position.epoch, position.step, world.rank))
+                factor = learning_rate(step, total, warmup)
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["initial_lr"] * factor
+                    optimizer.zero_grad()
+                loss, seen = _backward(forward, net, images, labels, criterion, autocast, scaler, recipe)
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                if regularizer is not None:
+                    penalty = regularizer.add_gradients()
+                    sums[3] += penalty * seen[2]
+                    loss = loss + penalty
+                losses.append(loss)
+                due = position.step % sync_every == sync_every - 1 or position.step == steps - 1
+                if due:
+                    _check_finite(losses, step, optimizers[0].param_groups[0]["lr"], model, world, phase)
+                    losses.clear()
+                if recipe.clip_norm:
+                    parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+                    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+                for optimizer in optimizers:
+                    scaler.step(optimizer)
+                scaler.update()
+                sums[:3] += seen
+                position.step += 1
+                if bar.due():
+                    bar.update(step + 1, _running(sums, position, recipe, factor * recipe.lr, steps, began, before))
+                if due and position.step < steps and _any_stop(stop, world):
+                    write_checkpoint()
+                    raise _interrupted(run, phase, stop)
+                if due and position.step < steps and time.monotonic() - saved >= run.checkpoint_seconds:
+                    write_checkpoint()
+            row = _epoch_row(phase, position, sums, world, data, model, recipe, regularizer, optimizers[0])
+            row["images_per_second"] = round(row["images_per_second"] / (before + time.monotonic() - began), 1)
+            position.rows.append(row)
+            run.write_curve(phase, position.rows)
+            run.log(row)
+            bar.epoch(_line(row, recipe.epochs))
+            sums.zero_()
+            position.epoch, position.step = position.epoch + 1, 0
+            last = position.epoch == recipe.epochs
+            if last or time.monotonic() - saved >= run.checkpoint_seconds:
+                write_checkpoint()
+            if not last and _any_stop(stop, world):
+                write_checkpoint()
+                raise _interrupted(run, phase, stop)
+    seconds = before + time.monotonic() - began if before == 0 or state is None else max(before, position.seconds)
+    rate = position.rows[-1]["images_per_second"] if position.rows else 0.0
+    return {"seconds": round(seconds, 2), "images_per_second": rate, "rows": position.rows}
+
+
+@dataclass
+class _Position:
+    """How far a phase is: next step, and sums over the epoch (loss, correct, images, penalty)."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    rows: list[dict] = field(default_factory=list)
+
+
+def _check_batch(recipe: Recipe, world: World, phase: str) -> None:
+    parts = world.size * recipe.accumulate
+    if recipe.batch_size % parts:
+        raise UserError(
+            f"{phase}: batch_size={recipe.batch_size} does not divide by {world.size} devices x "
+            f"{recipe.accumulate} micro-batches"
+        )
+
+
+def _autocast(recipe: Recipe, device: torch.device) -> Callable[[], Any]:
+    if recipe.precision == "fp32":
+        return contextlib.nullcontext
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float16
+    return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def _backward(
+    forward: Callable,
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    criterion: nn.Module,
+    autocast: Callable,
+    scaler: torch.amp.GradScaler,
+    recipe: Recipe,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the mean loss over the micro-batches; returns it and (loss sum, correct, images)."""
+    parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+    total, seen = torch.zeros((), device=images.device), torch.zeros(3, dtype=torch.float64, device=images.device)
+    for i, (x, y) in enumerate(parts):
+        last = i == len(parts) - 1
+        with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+            with autocast():
+                logits = forward(x)
+                loss = criterion(logits, y) / len(parts)
+            scaler.scale(loss).backward()
+        with torch.no_grad():
+            count = (y != IGNORED).sum()
+            total += loss.detach()
+            correct = (logits.argmax(1) == y).sum()
+            seen += torch.stack([loss.detach() * len(parts) * count, correct, count])
+    return total, seen
+
+
+def _check_finite(losses: list[Tensor], step: int, lr: float, model: nn.Module, world: World, phase: str) -> None:
+    bad = (~torch.isfinite(torch.stack(losses))).to(torch.float32)
+    if not world.all_reduce(bad).any():
+        return
+    first = step - len(losses) + 1 + int(bad.nonzero()[0])
+    norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+    worst = max(norms, key=lambda n: (not math.isfinite(norms[n]), norms[n])) if norms else "none"
+    raise UserError(
+        f"{phase}: the loss is not finite at step {first} (lr {lr:.3g}); the largest gradient is in {worst} "
+        f"({norms.get(worst, 0):.3g}). Lower recipe.lr, or set recipe.clip_norm; the last checkpoint is kept"
+    )
+
+
+def _any_stop(stop: _Stop, world: World) -> bool:
+    if world.size == 1:
+        return bool(stop.signal)
+    flag = world.all_reduce(torch.tensor(float(stop.signal), device=world.device))
+    stop.signal = stop.signal or (signal.SIGTERM if flag > 0 else 0)
+    return bool(stop.signal)
+
+
+def _interrupted(run: Run, phase: str, stop: _Stop) -> SystemExit:
+    run.say(f"{phase}: stopped by signal {int(stop.signal)}; the same command goes on from here")
+    return SystemExit(128 + int(stop.signal))
+
+
+def _state(
+    position: _Position,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    scaler: torch.amp.GradScaler,
+    regularizer: Regularizer | None,
+) -> dict:
+    return {
+        "position": vars(position),
+        "model": model.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
+        "scaler": scaler.state_dict(),
+        "regularizer": regularizer.state_dict() if regularizer is not None else None,
+    }
+
+
+def _restore(
+    state: dict,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    scaler: torch.amp.GradScaler,
+    regularizer: Regularizer | None,
+    device: torch.device,
+) -> _Position:
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    scaler.load_state_dict(state["scaler"])
+    if regularizer is not None:
+        regularizer.load_state_dict(state["regularizer"])
+    return _Position(**state["position"])
+
+
+def _epoch_row(
+    phase: str,
+    position: _Position,
+    sums: Tensor,
+    world: World,
+    data: Data,
+    model: nn.Module,
+    recipe: Recipe,
+    regularizer: Regularizer | None,
+    optimizer: Optimizer,
+) -> dict:
+    loss, correct, count, penalty = world.all_reduce(sums.clone()).tolist()
+    count = max(count, 1)
+    held_out = evaluate(model, data, world, recipe)
+    return {
+        "phase": phase,
+        "epoch": position.epoch + 1,
+        "loss": round(loss / count, 6),
+        "top1": round(100 * correct / count, 4),
+        "penalty": round(penalty / count, 6),
+        "val_loss": held_out["loss"],
+        "val_top1": held_out["top1"],
+        "val_top5": held_out["top5"],
+        "lr": optimizer.param_groups[0]["lr"],
+        "images_per_second": data.steps(recipe.batch_size) * recipe.batch_size * (position.epoch + 1),
+        **(regularizer.log() if regularizer is not None else {}),
+    }
+
+
+def _line(row: dict, epochs: int) -> str:
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  top-1 {row['top1']:.2f}  "
+        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.2f}  {row['images_per_second']:.0f} images/s"
+    )
+
+
+def _running(
+    sums: Tensor, position: _Position, recipe: Recipe, lr: float, steps: int, began: float, before: float
+) -> str:
+    loss, correct, count, _ = sums.tolist()
+    done = (position.epoch * steps + position.step) * recipe.batch_size
+    rate = done / (before + time.monotonic() - began)
+    return (
+        f"epoch {position.epoch + 1}/{recipe.epochs}  loss {loss / max(count, 1):.3f}  "
+        f"top-1 {100 * correct / max(count, 1):.1f}  lr {lr:.2g}  {rate:.0f} images/s"
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, world: World, recipe: Recipe) -> dict[str, float]:
+    """Top-1 and top-5 in percent, and mean cross-entropy, over the validation images, each counted once."""
+    world.broadcast_buffers(model)
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    autocast = _autocast(recipe, world.device)
+    for images, labels in data.val(max(1, min(2 * recipe.batch_size // world.size, 512))):
+        with autocast():
+            logits = model(images)
+        logits, keep = logits.float(), labels != IGNORED
+        top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        sums += torch.stack([loss, top[:, 0].sum(), top.sum(), keep.sum()])
+    loss, top1, top5, count = world.all_reduce(sums).tolist()
+    if count == 0:
+        raise UserError("no validation image can be decoded; look at the data folder")
+    return {
+        "loss": round(loss / count, 6),
+        "top1": round(100 * top1 / count, 4),
+        "top5": round(100 * top5 / count, 4),
+        "images": int(count),
+    }
