@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -47,25 +48,34 @@ def _job(cfg: DictConfig) -> Any:
         return importlib.import_module("r2.run").start(config)
     except UserError as error:
         print(f"r2: {_last_line(error)}", file=sys.stderr, flush=True)
+        if context.mode == RunMode.RUN:
+            raise SystemExit(2) from None
         raise
     except Exception as error:
         if not isinstance(error, OmegaConfBaseException | HydraException):
             traceback.print_exc()  # at once: a sweep would show it only at its end
+            raise JobFailed from error
         raise
+
+
+class JobFailed(Exception):
+    """A job has failed and said why."""
 
 
 def main(program: str) -> None:
     """Run under Hydra; exits with 2 on a user's mistake, 1 on a failure, 143 when stopped but resumable."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach this function
+    from yaml import YAMLError
+
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
     try:
         hydra.main(config_path=CONFIGS, config_name="config", version_base="1.3")(_job)()
     except UserError:
         raise SystemExit(2) from None  # said where it happened
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         print(f"r2: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except Exception:
+    except JobFailed:
         if sweep:
             print("r2: a job of the sweep failed, see above; the same command runs what is missing", file=sys.stderr)
         raise SystemExit(1) from None

@@ -53,7 +53,7 @@ def check(config: dict) -> None:
     Raises:
         UserError: in one line, with the key, what is wrong with it and what may stand there.
     """
-    _check_node({k: config[k] for k in config if k not in (*GROUPS, "choices")}, f"{__name__}.Root", "")
+    _check_node({k: config[k] for k in config if k not in (*GROUPS, "choices", "overrides")}, f"{__name__}.Root", "")
     for group in GROUPS:
         node = dict(config[group])
         target = node.pop("_target_", None)
