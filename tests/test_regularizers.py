@@ -1,0 +1,164 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from r2 import regularizers as R
+from r2.models import mobilenet_v1
+
+CLASSES = [R.LInf, R.Margin, R.SoftMinMax, R.Kurtosis]
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8, 4))
+
+
+def test_equations_by_hand():
+    w = torch.tensor([0.1, -0.5, 0.3, 0.2], dtype=torch.float64)
+    assert R.l_inf(w) == 0.5
+    # |M| + (0.5 - 0.25) + (0.3 - 0.25)
+    torch.testing.assert_close(R.margin(w, torch.tensor(-0.25)), torch.tensor(0.55, dtype=torch.float64))
+    e = torch.exp(2 * w)
+    expected = (w * e).sum() / e.sum() - (w / e).sum() / (1 / e).sum() + torch.exp(torch.tensor(-2.0)).double()
+    torch.testing.assert_close(R.soft_min_max(w, torch.tensor(2.0, dtype=torch.float64)), expected)
+    z = (w - w.mean()) / w.std(unbiased=True)
+    torch.testing.assert_close(R.kurtosis(w), ((z**4).mean() - 1.8) ** 2)
+
+
+def test_soft_min_max_does_not_overflow():
+    assert torch.isfinite(R.soft_min_max(torch.tensor([-100.0, 100.0]), torch.tensor(1e4)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-2, 2), min_size=4, max_size=30, unique=True), st.floats(0.05, 1.5))
+def test_function_gradients_against_finite_differences(values, second):
+    w = torch.tensor(values, dtype=torch.float64)
+    if w.var() < 1e-2 or (w.abs() - second).abs().min() < 1e-3 or w.abs().sort().values.diff().min() < 1e-3:
+        return
+    m = torch.tensor(second, dtype=torch.float64, requires_grad=True)
+    w.requires_grad_()
+    assert torch.autograd.gradcheck(R.l_inf, (w,))
+    assert torch.autograd.gradcheck(R.margin, (w, m))
+    assert torch.autograd.gradcheck(R.soft_min_max, (w, m))
+    assert torch.autograd.gradcheck(R.kurtosis, (w,), atol=1e-3)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_add_gradients_equals_autograd(kind, dim, channels_last):
+    model = small_model()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    reg = kind(model, dim=dim)
+    value = reg()
+    value.backward()
+    expected = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+    own = [p.grad.clone() for p in reg.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for p in reg.parameters():
+        p.grad = None
+    torch.testing.assert_close(reg.add_gradients(), value.detach())
+    for p, e in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e, atol=1e-6, rtol=1e-4)
+    for p, e in zip(reg.parameters(), own, strict=True):
+        if kind is R.Margin:  # documented: divided by the number of weights
+            counts = [w[j::dim].numel() for w in R.weights_of(model).values() for j in range(dim)]
+            e = e / torch.tensor(counts).view_as(e)
+        torch.testing.assert_close(p.grad, e, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_fused_kernels_equal_plain_ones(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48))
+    found = {}
+    for threshold in (0, 1 << 30):
+        monkeypatch.setattr(R, "FUSE_FROM", threshold)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        value = kind(model).add_gradients()
+        found[threshold] = [value, *[p.grad.clone() for p in model.parameters()]]
+    for a, b in zip(found[0], found[1 << 30], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_every_conv_and_linear_weight_is_covered():
+    model = mobilenet_v1(10, 0.25)
+    assert len(R.weights_of(model)) == 28
+    assert sum(w.numel() for w in R.weights_of(model).values()) == 463_600 - 256 * 990
+
+
+def test_constant_weights_have_finite_terms():
+    model = nn.Linear(8, 8)
+    nn.init.constant_(model.weight, 0.5)
+    for kind in CLASSES:
+        reg = kind(model)
+        model.weight.grad = torch.zeros_like(model.weight)
+        assert torch.isfinite(reg.add_gradients()) and torch.isfinite(model.weight.grad).all()
+        assert torch.isfinite(reg())
+
+
+def _descend(reg, model, lr, steps, exact=False):
+    optimizer = torch.optim.SGD(
+        [{"params": list(model.parameters())}, *reg.param_groups(lr)], lr, momentum=0.9, nesterov=True
+    )
+    sizes = []
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        for p in reg.parameters():
+            p.grad = None
+        if exact:
+            reg().backward()
+        else:
+            reg.add_gradients()
+        optimizer.step()
+        sizes.append(next(reg.parameters()).detach().abs().max().item())
+    return sizes
+
+
+def test_margin_runs_away_under_the_exact_gradient_and_not_in_training():
+    """The trap: dL/dM is of order N. Divided by N, M stays where the weights are."""
+    torch.manual_seed(0)
+    model = nn.Linear(1000, 100, bias=False)
+    frozen = copy.deepcopy(model)
+    largest = model.weight.abs().max().item()
+    assert max(_descend(R.Margin(frozen), frozen, 0.4, 3, exact=True)) > 10 * largest
+    model.weight.data.normal_(0, 0.03)
+    sizes = _descend(R.Margin(model), model, 0.4, 200)
+    assert all(0 < s < 10 * 0.15 for s in sizes)
+
+
+def test_soft_min_max_temperature_stalls_where_theory_says():
+    """The trap: alpha stops near -ln(Var_p + Var_q) however long it is trained, as Eq. 3 is written."""
+    torch.manual_seed(0)
+    model = nn.Linear(100, 50, bias=False)
+    model.weight.data.normal_(0, 0.1)
+    model.weight.requires_grad_(False)
+    reg = R.SoftMinMax(model, weight=1.0)
+    for _ in range(3000):
+        model.weight.grad = torch.zeros_like(model.weight)
+        reg.temperature.grad = None
+        reg.add_gradients()
+        reg.temperature.data -= reg.temperature.grad
+    alpha = reg.temperature.item()
+    w = model.weight.flatten()
+    spread = sum(
+        (torch.softmax(s * alpha * w, 0) * w**2).sum() - (torch.softmax(s * alpha * w, 0) * w).sum() ** 2
+        for s in (1, -1)
+    )
+    assert 3.0 < alpha < 5.0  # -ln(2 * 0.1^2) = 3.9: far from a hard maximum
+    assert abs(alpha + torch.log(spread).item()) < 0.05
+
+
+def test_parameters_have_their_own_group_without_weight_decay():
+    reg = R.Margin(small_model(), lr_mult=0.5)
+    (group,) = reg.param_groups(0.4)
+    assert group["weight_decay"] == 0 and group["lr"] == 0.2
+    assert R.LInf(small_model()).param_groups(0.4) == []
