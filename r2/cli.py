@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from r2.config import GROUPS, UserError, check, unknown_key
+from r2.config import GROUPS, UserError, check, check_targets, unknown_key
 
 _here = Path(__file__).parent
 CONFIGS = str(_here / "configs" if (_here / "configs").is_dir() else _here.parent / "configs")
@@ -33,6 +33,7 @@ OmegaConf.register_new_resolver("by_model", by_model, replace=True)
 
 def resolve(cfg: DictConfig, choices: dict, overrides: list[str]) -> dict:
     """The composed config as a plain, checked dict; nothing below sees OmegaConf."""
+    check_targets({group: cfg[group].get("_target_") for group in GROUPS})  # before an interpolation trips over one
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config.pop("experiment", None)
     config["choices"] = {group: choices.get(group) for group in GROUPS}
@@ -46,16 +47,15 @@ def _job(cfg: DictConfig) -> Any:
     try:
         config = resolve(cfg, dict(context.runtime.choices), list(context.overrides.task))
         return importlib.import_module("r2.run").start(config)
-    except UserError as error:
-        print(f"r2: {_last_line(error)}", file=sys.stderr, flush=True)
+    except (UserError, OmegaConfBaseException) as error:
+        text = _last_line(error) if isinstance(error, UserError) else _one_line(error)
+        print(f"r2: {text}", file=sys.stderr, flush=True)
         if context.mode == RunMode.RUN:
             raise SystemExit(2) from None
-        raise
+        raise UserError(text) from None
     except Exception as error:
-        if not isinstance(error, OmegaConfBaseException | HydraException):
-            traceback.print_exc()  # at once: a sweep would show it only at its end
-            raise JobFailed from error
-        raise
+        traceback.print_exc()  # at once: a sweep would show it only at its end
+        raise JobFailed from error
 
 
 class JobFailed(Exception):

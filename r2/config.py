@@ -56,10 +56,14 @@ def check(config: dict) -> None:
     _check_node({k: config[k] for k in config if k not in (*GROUPS, "choices", "overrides")}, f"{__name__}.Root", "")
     for group in GROUPS:
         node = dict(config[group])
-        target = node.pop("_target_", None)
+        _check_node(node, node.pop("_target_"), f"{group}.")
+
+
+def check_targets(targets: dict[str, Any]) -> None:
+    """Only callables of r2 may be named by a config."""
+    for group, target in targets.items():
         if not isinstance(target, str) or not target.startswith("r2."):
             raise UserError(f"{group}._target_={target!r}: must name something in r2")
-        _check_node(node, target, f"{group}.")
 
 
 def _check_node(node: dict, target: str, prefix: str) -> None:
@@ -128,9 +132,15 @@ def build(node: dict, *args: Any, **kwargs: Any) -> Any:
     """
     if not str(node.get("_target_", "")).startswith("r2."):
         raise UserError(f"_target_={node.get('_target_')!r}: only targets inside r2 are built")
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    return instantiate(node, *args, _convert_="all", **kwargs)
+    try:
+        return instantiate(node, *args, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        if error.__cause__ is not None:  # what went wrong, without Hydra's wrapping
+            raise error.__cause__ from None
+        raise
 
 
 def identity(config: dict, groups: tuple[str, ...] = ("data", "model", "reg", "recipe", "stage")) -> dict:
