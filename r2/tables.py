@@ -1,0 +1,142 @@
+"""Records to tables: Markdown, CSV and LaTeX, the paper's value beside a measured one where the protocols match.
+
+python -m r2.tables outputs                       # any folder of records; writes tables.{md,csv,tex} into it
+python -m r2.tables results/records --out results
+"""
+
+import argparse
+import csv
+import io
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from r2.config import UserError
+from r2.record import read_all
+
+PAPER = Path(__file__).parents[1] / "results" / "paper"
+REGULARIZERS = {"l2": "L2", "l2_10x": "10x L2", "kure": "KURE", "linf": "L-inf", "margin": "Margin", "smm": "SMM"}
+
+
+def full_protocol(record: dict) -> bool:
+    """Whether a record may stand beside the paper's value: ImageNet with the unchanged recipe and stage."""
+    changed = ("recipe.", "data.image_size", "reg.", "stage.hessian", "stage.lr", "stage.epochs")
+    choices = record["choices"]
+    return choices["data"] == choices["recipe"] == "imagenet" and not any(
+        key in record["command"] for key in changed
+    )
+
+
+def paper_values() -> dict[tuple, float]:
+    """(model, reg, stage, weight bits, activation bits) to the paper's top-1 in percent."""
+    values = {}
+    for path in sorted(PAPER.glob("table[234].csv")):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            bits = (int(row[k]) if row[k] else None for k in ("weight_bits", "activation_bits"))
+            values[row["model"], row["reg"], row["stage"], *bits] = float(row["top1"])
+    return values
+
+
+def cells(records: list[dict]) -> dict[tuple, dict[tuple, dict]]:
+    """(data, recipe, model) to (reg, stage label) to a cell: measured values over seeds, full precision, paper."""
+    paper = paper_values()
+    tables: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
+    for record in records:
+        axes, epochs = record["axes"], record["epochs"]["pretrain"]
+        table = tables[axes["data"], f"{epochs} epochs", axes["model"]]
+        entries = [("fp32", record["fp32"]["top1"], (None, None))]
+        if axes["stage"] != "fp32":
+            bits = (axes["weight_bits"], axes["act_bits"])
+            extra = " excl. F&L" if axes["quantized_layers"] == "excl_first_last" else ""
+            label = f"{axes['stage']} W{bits[0]}A{bits[1]} ({record['epochs']['stage']} epochs){extra}"
+            entries.append((label, record["metrics"]["top1"], bits))
+        for label, top1, bits in entries:
+            cell = table.setdefault((axes["reg"], label), {"seeds": {}, "paper": None})
+            cell["seeds"][axes["seed"]] = top1
+            if full_protocol(record) and "excl" not in label:
+                stage = "fp32" if label == "fp32" else axes["stage"]
+                cell["paper"] = paper.get((axes["model"], axes["reg"], stage, *bits))
+    return tables
+
+
+def text(cell: dict | None) -> str:
+    """`62.10`, `62.10 ± 0.30 (3)` over seeds, with ` [60.00]` the paper's value."""
+    if cell is None:
+        return "-"
+    values = list(cell["seeds"].values())
+    mean = sum(values) / len(values)
+    out = f"{mean:.2f}"
+    if len(values) > 1:
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        out += f" ± {std:.2f} ({len(values)})"
+    return out + (f" [{cell['paper']:.2f}]" if cell["paper"] is not None else "")
+
+
+def grids(records: list[dict]) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows) of each table; the first row is its header."""
+    out = []
+    for (data, recipe, model), table in sorted(cells(records).items()):
+        stages = sorted({stage for _, stage in table}, key=lambda s: (s != "fp32", s))
+        regs = sorted({reg for reg, _ in table}, key=lambda r: (list(REGULARIZERS).index(r) if r in REGULARIZERS else 99))
+        rows = [["Regularizer", *stages]]
+        rows += [[REGULARIZERS.get(reg, reg), *[text(table.get((reg, stage))) for stage in stages]] for reg in regs]
+        out.append((f"{data}, {model}, pretrained {recipe}: top-1 in %", rows))
+    return out
+
+
+def markdown(records: list[dict]) -> str:
+    parts = []
+    for title, rows in grids(records):
+        lines = [" | ".join(row) for row in rows]
+        parts.append(f"**{title}**\n\n| {lines[0]} |\n|{'---|' * len(rows[0])}\n" + "".join(f"| {x} |\n" for x in lines[1:]))
+    commands = "".join(f"    {c}\n" for c in sorted({record["command"] for record in records}))
+    return "\n".join(parts) + "\n[..] is the paper's value, ± over seeds. The runs:\n\n" + commands
+
+
+def latex(records: list[dict]) -> str:
+    parts = []
+    for title, rows in grids(records):
+        body = [" & ".join(_escape(value) for value in row) + r" \\" for row in rows]
+        head = f"% {title}\n\\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}\n\\hline\n{body[0]}\n\\hline\n"
+        parts.append(head + "\n".join(body[1:]) + "\n\\hline\n\\end{tabular}\n")
+    return "\n".join(parts)
+
+
+def _escape(value: str) -> str:
+    return value.replace("&", r"\&").replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
+
+
+def table_csv(records: list[dict]) -> str:
+    """One line per cell and seed."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["data", "recipe", "model", "reg", "stage", "seed", "top1", "paper_top1"])
+    for key, table in sorted(cells(records).items()):
+        for (reg, stage), cell in sorted(table.items()):
+            for seed, top1 in sorted(cell["seeds"].items()):
+                writer.writerow([*key, reg, stage, seed, top1, "" if cell["paper"] is None else cell["paper"]])
+    return out.getvalue()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m r2.tables", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("records", type=Path, help="a folder of runs, or of record files")
+    parser.add_argument("--out", type=Path, help="where to write; the folder itself by default")
+    parsed = parser.parse_args(arguments)
+    try:
+        records = read_all(parsed.records)
+    except UserError as error:
+        print(f"r2: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    out = parsed.out or parsed.records
+    out.mkdir(parents=True, exist_ok=True)
+    written: dict[str, Any] = {"md": markdown, "csv": table_csv, "tex": latex}
+    for suffix, render in written.items():
+        (out / f"tables.{suffix}").write_text(render(records))
+    print(markdown(records))
+
+
+if __name__ == "__main__":
+    main()
