@@ -77,7 +77,10 @@ def main(program: str) -> None:
         raise SystemExit(2) from None
     except JobFailed:
         if sweep:
-            print("r2: a job of the sweep failed, see above; the same command runs what is missing", file=sys.stderr)
+            print(
+                "r2: a job of the sweep failed, see above; the same command runs what is missing",
+                file=sys.stderr,
+            )
         raise SystemExit(1) from None
 
 

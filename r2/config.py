@@ -33,7 +33,7 @@ Width = Annotated[float, Gt(0), Le(8)]
 class Root:
     """The keys outside the groups; none but `seed` can change a result."""
 
-    def __init__(self, out: str, seed: CountOrZero, devices: Union[Literal["auto"], Count], force: bool,
+    def __init__(self, out: str, seed: CountOrZero, devices: Literal["auto"] | Count, force: bool,
                  checkpoint_seconds: NonNegative, dist_timeout_seconds: Positive): ...  # fmt: skip
 
 

@@ -83,9 +83,7 @@ class Data:
         local = batch_size // self.world.size
         return slice(self.world.rank * local, (self.world.rank + 1) * local)
 
-    def _batches(
-        self, batches: Any, seed: int, epoch: int, train: bool | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
         """`train`: True for augmented training images, None for plain ones, False for validation images."""
         raise NotImplementedError
 
@@ -126,9 +124,7 @@ class Memory(Data):
             self._padded = torch.nn.functional.pad(self._train[0], (p, p, p, p))
         return super().to(world)
 
-    def _batches(
-        self, batches: Any, seed: int, epoch: int, train: bool | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._val if train is False else self._train
         for indices in batches:
             indices = indices.to(self.world.device)
@@ -154,7 +150,10 @@ class Memory(Data):
             columns = torch.where(draw[:, None] % 2 == 1, columns.flip(1), columns)
         channels = torch.arange(self._padded.shape[1], device=draw.device)
         return self._padded[
-            indices[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+            indices[:, None, None, None],
+            channels[:, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
         ]
 
 
@@ -173,9 +172,7 @@ def digits(image_size: Count = 32, augment: bool = True, calibration_images: Cou
     return Memory(train, val, 10, calibration_images, augment, flip=False)
 
 
-def fashion_mnist(
-    root: str, image_size: Count = 32, augment: bool = True, calibration_images: Count = 1024
-) -> Data:
+def fashion_mnist(root: str, image_size: Count = 32, augment: bool = True, calibration_images: Count = 1024) -> Data:
     """Fashion-MNIST, 60,000 + 10,000 images of 28x28, padded to `image_size`."""
     if image_size < 28:
         raise UserError(f"data.image_size={image_size}: Fashion-MNIST is padded, so at least 28")
@@ -261,7 +258,13 @@ class Folder(Data):
     """root/{train,val}/<class>/<image>: decoded and augmented in worker processes, normalised on the device."""
 
     def __init__(
-        self, root: str, num_classes: int, image_size: int, workers: int, on_bad_image: str, calibration_images: int
+        self,
+        root: str,
+        num_classes: int,
+        image_size: int,
+        workers: int,
+        on_bad_image: str,
+        calibration_images: int,
     ):
         from torchvision.datasets import ImageFolder
 
@@ -294,9 +297,7 @@ class Folder(Data):
         self.std = torch.tensor(_IMAGENET_STD, **as_image).view(1, 3, 1, 1) * 255  # type: ignore[arg-type]
         return super().to(world)
 
-    def _batches(
-        self, batches: Any, seed: int, epoch: int, train: bool | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
         from torch.utils.data import DataLoader
 
         samples = self._samples["val" if train is False else "train"]

@@ -47,7 +47,17 @@ class MobileNetV1(nn.Module):
     One module per use of ReLU, so that a quantizer finds each activation.
     """
 
-    blocks = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
+    blocks = [
+        (64, 1),
+        (128, 2),
+        (128, 1),
+        (256, 2),
+        (256, 1),
+        (512, 2),
+        *[(512, 1)] * 5,
+        (1024, 2),
+        (1024, 1),
+    ]
 
     def __init__(self, num_classes: int, width_mult: float = 1.0):
         super().__init__()

@@ -124,7 +124,14 @@ def run_name(axes: dict) -> str:
 
 
 def make(
-    config: dict, axes: dict, directory: Path, pretrained: dict, model: Any, result: dict, data: Any, world: Any
+    config: dict,
+    axes: dict,
+    directory: Path,
+    pretrained: dict,
+    model: Any,
+    result: dict,
+    data: Any,
+    world: Any,
 ) -> dict:
     """Gather a run's record; `result` is what its stage returned."""
     from r2.regularizers import describe

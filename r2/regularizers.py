@@ -184,9 +184,7 @@ class Margin(Regularizer):
     throws M far outside the weights (measured; see README, "Differences"). `add_gradients` therefore divides it by N.
     """
 
-    def __init__(
-        self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1, lr_mult: Positive = 1.0
-    ):
+    def __init__(self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1, lr_mult: Positive = 1.0):
         super().__init__(model, weight, dim)
         self.lr_mult = lr_mult
         start = [2 * self.part(w.detach(), j).std() for _, j, w in self.columns()]
@@ -293,9 +291,7 @@ def _soft_gradient(
 class Kurtosis(Regularizer):
     """KURE: the mean over layers of (Kurt[w] - target)^2; its official weight is 1.0."""
 
-    def __init__(
-        self, model: nn.Module, weight: NonNegative = 1.0, target: Positive = 1.8, dim: Count = 1
-    ):
+    def __init__(self, model: nn.Module, weight: NonNegative = 1.0, target: Positive = 1.8, dim: Count = 1):
         super().__init__(model, weight, dim)
         self.target = target
 
@@ -326,9 +322,7 @@ class Kurtosis(Regularizer):
         skew = m3 * inverse**3
         # factor (z^3 - mean z^3 - z k n / (n - 1)), z = (w - mean) inverse
         arguments = [mean, inverse, factor, -factor * kurt * n / (n - 1), -factor * skew]
-        (_kurtosis_gradient if use_fused else _kurtosis_gradient.plain)(
-            w, grad, *(a.to(w.dtype) for a in arguments)
-        )
+        (_kurtosis_gradient if use_fused else _kurtosis_gradient.plain)(w, grad, *(a.to(w.dtype) for a in arguments))
         return torch.where(valid, (kurt - self.target) ** 2, 0.0).to(w.dtype)
 
 

@@ -17,16 +17,21 @@ from r2.config import UserError
 from r2.record import read_all
 
 PAPER = Path(__file__).parents[1] / "results" / "paper"
-REGULARIZERS = {"l2": "L2", "l2_10x": "10x L2", "kure": "KURE", "linf": "L-inf", "margin": "Margin", "smm": "SMM"}
+REGULARIZERS = {
+    "l2": "L2",
+    "l2_10x": "10x L2",
+    "kure": "KURE",
+    "linf": "L-inf",
+    "margin": "Margin",
+    "smm": "SMM",
+}
 
 
 def full_protocol(record: dict) -> bool:
     """Whether a record may stand beside the paper's value: ImageNet with the unchanged recipe and stage."""
     changed = ("recipe.", "data.image_size", "reg.", "stage.hessian", "stage.lr", "stage.epochs")
     choices = record["choices"]
-    return choices["data"] == choices["recipe"] == "imagenet" and not any(
-        key in record["command"] for key in changed
-    )
+    return choices["data"] == choices["recipe"] == "imagenet" and not any(key in record["command"] for key in changed)
 
 
 def paper_values() -> dict[tuple, float]:
@@ -35,7 +40,7 @@ def paper_values() -> dict[tuple, float]:
     for path in sorted(PAPER.glob("table[234].csv")):
         for row in csv.DictReader(path.read_text().splitlines()):
             bits = (int(row[k]) if row[k] else None for k in ("weight_bits", "activation_bits"))
-            values[row["model"], row["reg"], row["stage"], *bits] = float(row["top1"])
+            values[(row["model"], row["reg"], row["stage"], *bits)] = float(row["top1"])
     return values
 
 
@@ -79,7 +84,7 @@ def grids(records: list[dict]) -> list[tuple[str, list[list[str]]]]:
     out = []
     for (data, recipe, model), table in sorted(cells(records).items()):
         stages = sorted({stage for _, stage in table}, key=lambda s: (s != "fp32", s))
-        regs = sorted({reg for reg, _ in table}, key=lambda r: (list(REGULARIZERS).index(r) if r in REGULARIZERS else 99))
+        regs = sorted({reg for reg, _ in table}, key=lambda r: list(REGULARIZERS).index(r) if r in REGULARIZERS else 99)
         rows = [["Regularizer", *stages]]
         rows += [[REGULARIZERS.get(reg, reg), *[text(table.get((reg, stage))) for stage in stages]] for reg in regs]
         out.append((f"{data}, {model}, pretrained {recipe}: top-1 in %", rows))
@@ -90,7 +95,9 @@ def markdown(records: list[dict]) -> str:
     parts = []
     for title, rows in grids(records):
         lines = [" | ".join(row) for row in rows]
-        parts.append(f"**{title}**\n\n| {lines[0]} |\n|{'---|' * len(rows[0])}\n" + "".join(f"| {x} |\n" for x in lines[1:]))
+        parts.append(
+            f"**{title}**\n\n| {lines[0]} |\n|{'---|' * len(rows[0])}\n" + "".join(f"| {x} |\n" for x in lines[1:])
+        )
     commands = "".join(f"    {c}\n" for c in sorted({record["command"] for record in records}))
     return "\n".join(parts) + "\n[..] is the paper's value, ± over seeds. The runs:\n\n" + commands
 

@@ -236,7 +236,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the mean loss over the micro-batches; returns it and (loss sum, correct, images)."""
     parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
-    total, seen = torch.zeros((), device=images.device), torch.zeros(3, dtype=torch.float64, device=images.device)
+    total, seen = (
+        torch.zeros((), device=images.device),
+        torch.zeros(3, dtype=torch.float64, device=images.device),
+    )
     for i, (x, y) in enumerate(parts):
         last = i == len(parts) - 1
         with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():

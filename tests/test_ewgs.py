@@ -40,7 +40,9 @@ def test_values_and_gradients_against_float64(bits, delta, dtype, tolerance, sha
     # float32 may fall on the other side of a rounding boundary for a few elements
     close = np.isclose(out.detach().double().numpy(), q, atol=1e-6)
     assert close.mean() > (0.999 if dtype == torch.float32 else 0.9999)
-    np.testing.assert_allclose(t.grad.double().numpy()[close], gx[close], rtol=1e-3 if tolerance > 1e-6 else 1e-9, atol=tolerance)
+    np.testing.assert_allclose(
+        t.grad.double().numpy()[close], gx[close], rtol=1e-3 if tolerance > 1e-6 else 1e-9, atol=tolerance
+    )
     np.testing.assert_allclose(low.grad.item(), gl, rtol=2e-3 if tolerance > 1e-6 else 1e-9, atol=tolerance * 10)
     np.testing.assert_allclose(high.grad.item(), gu, rtol=2e-3 if tolerance > 1e-6 else 1e-9, atol=tolerance * 10)
     assert t.grad.flatten()[0] != 0 and t.grad.flatten()[1] != 0 and (t.grad.flatten()[2:4] == 0).all()

@@ -12,7 +12,14 @@ import torch
 from conftest import ENV, SMALL
 
 pytestmark = pytest.mark.slow
-ARGS = [*SMALL, "reg=margin", "stage=ewgs", "recipe.epochs=3", "recipe.finetune.epochs=2", "checkpoint_seconds=0"]
+ARGS = [
+    *SMALL,
+    "reg=margin",
+    "stage=ewgs",
+    "recipe.epochs=3",
+    "recipe.finetune.epochs=2",
+    "checkpoint_seconds=0",
+]
 ARGS += ["model=mbv2"]  # with dropout
 
 

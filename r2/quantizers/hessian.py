@@ -61,9 +61,7 @@ def _hutchinson(
     sums = [0.0] * len(values)
     previous: list[float] | None = None
     for probe in range(1, probes + 1):
-        signs = [
-            (torch.randint(0, 2, v.shape, generator=generator) * 2.0 - 1).to(v.device, v.dtype) for v in values
-        ]
+        signs = [(torch.randint(0, 2, v.shape, generator=generator) * 2.0 - 1).to(v.device, v.dtype) for v in values]
         products = torch.autograd.grad(gradients, values, signs, retain_graph=True, allow_unused=True)
         for i, (product, sign) in enumerate(zip(products, signs, strict=True)):
             sums[i] += 0.0 if product is None else (product * sign).sum().item()
