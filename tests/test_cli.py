@@ -39,7 +39,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(r2, argument, expected):
 
 
 def test_help_and_config_do_not_import_torch(tmp_path):
-    code = "import sys; sys.argv[1:] = ['--cfg', 'job']; from r2 import cli; cli.main('r2.run'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; sys.argv[1:] = ['--cfg', 'job']; from r2 import cli; cli.main('r2.run'); "
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=ENV)
     assert done.returncode == 0, done.stderr
     assert "width_mult" in done.stdout
