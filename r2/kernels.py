@@ -4,7 +4,6 @@ The functions it wraps take flat tensors and run at memory speed once fused; wri
 their operations reads and writes the whole tensor. TORCH_COMPILE_DISABLE=1 (PyTorch's own switch) turns it off.
 """
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,25 +11,27 @@ from typing import Any
 import torch
 
 
-def fused(function: Callable) -> Callable:
-    """Compile on first use for any tensor length; if that fails, say so once and go on with the plain function."""
-    compiled: Callable | None = None
+class fused:
+    """Compile `function` on first use for any tensor length; where that fails, say so once and use it as it is.
 
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        nonlocal compiled
-        if compiled is None:
-            compiled = torch.compile(function, dynamic=True, fullgraph=True)
-            try:
-                return compiled(*args)
-            except Exception as error:  # no C++ compiler or Triton on this machine
-                reason = str(error).strip().splitlines()[0]
-                warnings.warn(f"{function.__name__} is not fused, and slower: {reason}", stacklevel=2)
-                compiled = function
-        return compiled(*args)
+    `plain` is the function itself.
+    """
 
-    call.plain = function  # type: ignore[attr-defined]
-    return call
+    def __init__(self, function: Callable):
+        self.plain = function
+        self._compiled: Callable | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is not None:
+            return self._compiled(*args)
+        self._compiled = torch.compile(self.plain, dynamic=True, fullgraph=True)
+        try:
+            return self._compiled(*args)
+        except Exception as error:  # no C++ compiler or Triton on this machine
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"{self.plain.__name__} is not fused, and slower: {reason}", stacklevel=2)
+            self._compiled = self.plain
+            return self.plain(*args)
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
     return ((centred**4).mean() / variance**2 - target) ** 2
 
 
-def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Every convolution and linear weight by name, first and last layers included."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
@@ -81,7 +81,7 @@ class Regularizer(nn.Module):
         self.weight, self.dim = weight, dim
         self._named = weights_of(model)  # a plain dict: the model owns these parameters
 
-    def columns(self) -> Iterator[tuple[int, int, nn.Parameter]]:
+    def columns(self) -> Iterator[tuple[int, int, Tensor]]:
         """(layer, column, weight) in a fixed order."""
         for layer, w in enumerate(self._named.values()):
             for column in range(self.dim):

@@ -39,8 +39,8 @@ def paper_values() -> dict[tuple, float]:
     values = {}
     for path in sorted(PAPER.glob("table[234].csv")):
         for row in csv.DictReader(path.read_text().splitlines()):
-            bits = (int(row[k]) if row[k] else None for k in ("weight_bits", "activation_bits"))
-            values[(row["model"], row["reg"], row["stage"], *bits)] = float(row["top1"])
+            weight, act = (int(row[k]) if row[k] else None for k in ("weight_bits", "activation_bits"))
+            values[row["model"], row["reg"], row["stage"], weight, act] = float(row["top1"])
     return values
 
 

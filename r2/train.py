@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from r2.config import Count, Fraction, NonNegative, Positive, UserError
@@ -242,7 +243,7 @@ def _backward(
     )
     for i, (x, y) in enumerate(parts):
         last = i == len(parts) - 1
-        with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+        with contextlib.nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync():
             with autocast():
                 logits = forward(x)
                 loss = criterion(logits, y) / len(parts)

@@ -81,15 +81,21 @@ class Quantizer(nn.Module):
             one convolves q + lower / (upper - lower), the dequantised input over its range, so that zero stays zero.
     """
 
+    weight_lower: nn.Parameter
+    weight_upper: nn.Parameter
+    act_lower: nn.Parameter
+    act_upper: nn.Parameter
+    output_scale: nn.Parameter
+    weight_delta: Tensor
+    act_delta: Tensor
+    signed: Tensor
+
     def __init__(self, weight_bits: int, act_bits: int | None, delta: float):
         super().__init__()
         self.weight_bits, self.act_bits = weight_bits, act_bits
         for name in ("weight_lower", "weight_upper", "act_lower", "act_upper", "output_scale"):
             used = act_bits is not None or not name.startswith("act")
             setattr(self, name, nn.Parameter(torch.ones(()), requires_grad=used))
-        self.weight_delta: Tensor
-        self.act_delta: Tensor
-        self.signed: Tensor
         self.register_buffer("weight_delta", torch.tensor(float(delta)))
         self.register_buffer("act_delta", torch.tensor(float(delta)))
         self.register_buffer("signed", torch.tensor(0.0))

@@ -10,7 +10,7 @@ from r2.config import UserError
 
 def quantizable(model: nn.Module, skip_first_last: bool = False) -> dict[str, nn.Module]:
     """Convolution and linear layers by name, in the model's order."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if skip_first_last:
         names = list(layers)
         layers = {n: layers[n] for n in names[1:-1]}
