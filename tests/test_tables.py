@@ -1,0 +1,52 @@
+import copy
+import json
+
+import pytest
+
+from r2 import tables
+from r2.config import UserError
+from r2.record import SCHEMA, read_all
+
+
+def record(reg="linf", seed=0, top1=50.0, data="digits", command="python -m r2.run"):
+    axes = {"data": data, "model": "mbv1-0.25", "reg": reg, "stage": "ewgs", "seed": seed}
+    axes |= {"weight_bits": 2, "act_bits": 2, "quantized_layers": "all"}
+    return {
+        "schema": SCHEMA,
+        "axes": axes,
+        "metrics": {"top1": top1},
+        "fp32": {"top1": 60.0},
+        "epochs": {"pretrain": 3, "stage": 2},
+        "choices": {"data": data, "recipe": data},
+        "command": command,
+    }
+
+
+def test_seeds_give_mean_and_standard_deviation():
+    text = tables.markdown([record(seed=0, top1=50.0), record(seed=1, top1=52.0)])
+    assert "51.00 ± 1.41 (2)" in text and "[" not in text.split("\n\n[..]")[0]
+
+
+def test_only_the_full_protocol_stands_beside_the_paper():
+    full = record(data="imagenet")
+    assert "50.00 [26.04]" in tables.markdown([full])  # Table 3, L-inf, MobileNet-V1 0.25
+    assert "[53.48]" in tables.latex([full])
+    short = copy.deepcopy(full) | {"command": "python -m r2.run recipe.epochs=3"}
+    assert "26.04" not in tables.markdown([short])
+    assert "26.04" not in tables.markdown([record()])
+
+
+def test_missing_cells_and_csv():
+    other = record(reg="l2")
+    other["axes"]["weight_bits"] = other["axes"]["act_bits"] = 4
+    text = tables.markdown([record(), other])
+    assert "| L2 | 60.00 | - | 50.00 |" in text
+    assert "digits,3 epochs,mbv1-0.25,linf,ewgs W2A2 (2 epochs),0,50.0," in tables.table_csv([record()])
+
+
+def test_a_folder_without_records_or_with_others_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no record"):
+        read_all(tmp_path)
+    (tmp_path / "x.json").write_text(json.dumps({"schema": 0}))
+    with pytest.raises(UserError, match="x.json"):
+        read_all(tmp_path)
