@@ -75,6 +75,12 @@ def main(program: str) -> None:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         print(f"r2: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:  # Hydra makes the folder of a sweep before its first job
+        print(
+            f"r2: out: cannot write to {error.filename} ({error.strerror}); choose another with out=DIR",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
     except JobFailed:
         if sweep:
             print(

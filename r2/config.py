@@ -148,8 +148,7 @@ def identity(config: dict, groups: tuple[str, ...] = ("data", "model", "reg", "r
     kept: dict = {"seed": config["seed"]}
     for group in groups:
         kept[group] = {k: v for k, v in config[group].items() if k not in _NOT_RESULT}
-    if "stage" not in groups:
-        kept["recipe"].pop("finetune", None)
+    kept["recipe"].pop("finetune", None)  # only feeds the stage's keys, which count themselves
     return kept
 
 

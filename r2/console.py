@@ -54,6 +54,8 @@ class Phase:
 def summary(record: dict, directory: Path) -> None:
     """The closing table of one run."""
     table = Table(title=record["name"], title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a path stays whole
     metrics = record["metrics"]
     rows: list[tuple[str, Any]] = [
         ("top-1", f"{metrics['top1']:.2f} %  (top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.3f})"),

@@ -7,12 +7,13 @@ from torch import nn
 
 from r2 import store
 from r2.config import build, fingerprint, identity
-from r2.data import Data
+from r2.data.batches import Data
 from r2.dist import World, sync_batchnorm
+from r2.recipe import Recipe, sgd
 from r2.regularizers import describe
 from r2.store import Run
 from r2.trackers import Tracker
-from r2.train import Recipe, evaluate, sgd, train
+from r2.train import evaluate, train
 
 
 def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, dict]:

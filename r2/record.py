@@ -61,7 +61,12 @@ def provenance(device: Any) -> dict:
         except PackageNotFoundError:
             continue
     return {
-        "device": {"type": device.type, "name": name, "machine": platform.machine()},
+        "device": {
+            "type": device.type,
+            "name": name,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
         "versions": versions,
         "commit": commit(),
     }

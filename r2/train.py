@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,48 +15,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from r2.config import Count, Fraction, NonNegative, Positive, UserError
+from r2.config import UserError
 from r2.console import Phase
-from r2.data import IGNORED, Data, _mix
+from r2.data.batches import IGNORED, Data, mix
 from r2.dist import World
+from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
 from r2.store import Run
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to optimise. `batch_size` is global: over all devices and all micro-batches of a step."""
-
-    epochs: Count
-    batch_size: Count
-    lr: Positive
-    weight_decay: NonNegative
-    warmup_epochs: NonNegative = 0.0
-    momentum: Fraction = 0.9
-    nesterov: bool = True
-    label_smoothing: Fraction = 0.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = True
-    compile: bool = False
-    accumulate: Count = 1
-    clip_norm: Positive | None = None
-    sync_bn: bool = False
-    finetune: dict = field(default_factory=dict)  # the stages' epochs, batch and learning rates
-
-
-def sgd(model: nn.Module, recipe: Recipe, regularizer: Regularizer | None = None) -> Optimizer:
-    """SGD over the model with the regularizer's weight decay, and over the regularizer's own parameters."""
-    decay = recipe.weight_decay * (regularizer.decay if regularizer else 1.0)
-    groups: list[dict] = [{"params": list(model.parameters()), "weight_decay": decay}]
-    groups += regularizer.param_groups(recipe.lr) if regularizer else []
-    return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.nesterov)
-
-
-def learning_rate(step: int, total: int, warmup: int) -> float:
-    """Factor on every group's learning rate: linear warm-up, then cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 class _Stop:
@@ -146,7 +111,7 @@ def train(
             losses: list[Tensor] = []
             for images, labels in batches:
                 step = position.epoch * steps + position.step
-                torch.manual_seed(_mix(run.seed, position.epoch, position.step, world.rank))
+                torch.manual_seed(mix(run.seed, position.epoch, position.step, world.rank))
                 factor = learning_rate(step, total, warmup)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +85,48 @@ def test_two_gloo_processes_follow_one(tmp_path):
         rows = [line.split(",") for line in path.read_text().splitlines()]
         curves.append([[float(row[rows[0].index(k)]) for k in ("loss", "val_loss")] for row in rows[1:]])
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), atol=2e-3, rtol=2e-3)
+
+
+def children(pid):
+    """Process ids of the Python children of `pid` (Linux)."""
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children") as file:
+            found += [int(p) for p in file.read().split()]
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or (os.cpu_count() or 1) < 2, reason="Linux, two cores")
+def test_a_dead_worker_ends_the_job_which_can_go_on(tmp_path):
+    def two(out):
+        return spawn(out, "devices=2", "recipe.sync_bn=true", "model=mbv1")
+
+    finish(two(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    process = two(killed)
+    wait_for_checkpoint(killed, process)
+    workers = [p for p in children(process.pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(workers[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "SIGKILL" in output, output
+    output = two(killed).communicate(timeout=300)[0]
+    assert "going on at epoch" in output or "finished, not repeated" in output
+    assert weights(killed) == weights(tmp_path / "whole")
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_two_processes_inside_a_sweep(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "r2.run",
+        "-m",
+        f"out={tmp_path}",
+        *SMALL,
+        "devices=2",
+        "reg=l2,linf",
+        "stage=fp32",
+    ]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("*/record.json"))) == 2

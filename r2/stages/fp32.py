@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from r2.data import Data
+from r2.data.batches import Data
+from r2.recipe import Recipe
 from r2.store import Run
-from r2.train import Recipe, evaluate
+from r2.train import evaluate
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from r2.config import Bits, Count, NonNegative, Positive
-from r2.data import Data
+from r2.data.batches import Data
 from r2.dist import sync_batchnorm
 from r2.quantizers import ewgs
 from r2.quantizers.hessian import gradient_scales
 from r2.quantizers.swap import calibrate, quantizable, quantizer_parameters, swap
+from r2.recipe import Recipe, sgd
 from r2.store import Run
-from r2.train import Recipe, evaluate, sgd, train
+from r2.train import evaluate, train
 
 
 @dataclass(frozen=True)

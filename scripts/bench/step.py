@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from r2 import models, regularizers
 from r2.quantizers import ewgs
 from r2.quantizers.swap import calibrate, quantizable, quantizer_parameters, swap
-from r2.train import Recipe, sgd
+from r2.recipe import Recipe, sgd
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--batch", type=int, default=32)

@@ -1,0 +1,84 @@
+"""What a run needs of any data set: train, val and calibration batches, as normalised tensors on the device.
+
+Order and augmentation are pure functions of (seed, epoch, position), so a run can stop at any step and go on, with
+any number of workers, and N processes see the same global batches as one.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r2.dist import World
+
+IGNORED = -100  # label of an image that could not be decoded; cross_entropy's ignore_index
+
+
+def mix(*parts: int) -> int:
+    """One well-spread 63-bit seed of several integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, epoch, 1)))
+
+
+class Data:
+    """What a run needs of a data set.
+
+    Attributes:
+        num_classes, image_size: of the task.
+        train_images, val_images: counts.
+        calibration_images: how many training images calibrate a quantizer.
+    """
+
+    num_classes: int
+    image_size: int
+    train_images: int
+    val_images: int
+    calibration_images: int
+    skipped: int = 0  # undecodable images met so far
+
+    def to(self, world: World) -> "Data":
+        """Bind to a device and a place among the ranks."""
+        self.world = world
+        return self
+
+    def describe(self) -> str:
+        return (
+            f"{self.train_images:,} training and {self.val_images:,} validation images, {self.num_classes} classes, "
+            f"{self.image_size}x{self.image_size}"
+        )
+
+    def steps(self, batch_size: int) -> int:
+        """Global batches per epoch; the incomplete last one is dropped."""
+        return max(1, self.train_images // batch_size)
+
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of each global batch from step `start`: images (n, 3, h, w) float, labels (n,)."""
+        n = self.steps(batch_size) * batch_size
+        indices = _order(self.train_images, seed, epoch)
+        if n > self.train_images:  # fewer images than one batch: some come twice
+            indices = indices.repeat(-(-n // self.train_images))
+        batches = indices[:n].view(-1, batch_size)[start:]
+        return self._batches(batches[:, self._mine(batch_size)], seed, epoch, train=True)
+
+    def val(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the validation images, each once."""
+        indices = torch.arange(self.world.rank, self.val_images, self.world.size)
+        return self._batches(indices.split(batch_size), 0, 0, train=False)
+
+    def calibration(self, batch_size: int, seed: int, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Seeded training images without augmentation, the same on every rank."""
+        count = min(self.calibration_images, self.train_images)
+        return self._batches(_order(self.train_images, seed, epoch)[:count].split(batch_size), 0, 0, train=None)
+
+    def _mine(self, batch_size: int) -> slice:
+        local = batch_size // self.world.size
+        return slice(self.world.rank * local, (self.world.rank + 1) * local)
+
+    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """`train`: True for augmented training images, None for plain ones, False for validation images."""
+        raise NotImplementedError

@@ -1,0 +1,48 @@
+"""How to optimise: the `recipe` group, its optimizer and its learning-rate schedule."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from r2.config import Count, Fraction, NonNegative, Positive
+from r2.regularizers import Regularizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to optimise. `batch_size` is global: over all devices and all micro-batches of a step."""
+
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    weight_decay: NonNegative
+    warmup_epochs: NonNegative = 0.0
+    momentum: Fraction = 0.9
+    nesterov: bool = True
+    label_smoothing: Fraction = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    accumulate: Count = 1
+    clip_norm: Positive | None = None
+    sync_bn: bool = False
+    finetune: dict = field(default_factory=dict)  # the stages' epochs, batch and learning rates
+
+
+def sgd(model: nn.Module, recipe: Recipe, regularizer: Regularizer | None = None) -> Optimizer:
+    """SGD over the model with the regularizer's weight decay, and over the regularizer's own parameters."""
+    decay = recipe.weight_decay * (regularizer.decay if regularizer else 1.0)
+    groups: list[dict] = [{"params": list(model.parameters()), "weight_decay": decay}]
+    groups += regularizer.param_groups(recipe.lr) if regularizer else []
+    return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.nesterov)
+
+
+def learning_rate(step: int, total: int, warmup: int) -> float:
+    """Factor on every group's learning rate: linear warm-up, then cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
