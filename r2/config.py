@@ -109,8 +109,10 @@ def signature(target: str) -> dict[str, ast.expr | None]:
         if isinstance(node, ast.FunctionDef):
             return _parameters(node)
         if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-            fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
-            return {f.target.id: f.annotation for f in fields if isinstance(f.target, ast.Name)}
+            fields = {f.target.id: f.annotation for f in node.body
+                      if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}  # fmt: skip
+            bases = [ast.unparse(base) for base in node.bases if ast.unparse(base) in definitions]
+            return {**(signature(f"{module}.{bases[0]}") if bases else {}), **fields}
         for item in node.body:
             if isinstance(item, ast.FunctionDef) and item.name == "__init__":
                 return _parameters(item)

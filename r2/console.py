@@ -59,7 +59,7 @@ def summary(record: dict, directory: Path) -> None:
     metrics = record["metrics"]
     rows: list[tuple[str, Any]] = [
         ("top-1", f"{metrics['top1']:.2f} %  (top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.3f})"),
-        ("full precision", f"{record['fp32']['top1']:.2f} %"),
+        ("full precision", f"{record['fp32']['top1']:.2f} %" if record["fp32"] else "trained from scratch"),
         ("weights", f"largest {record['weights_summary']['max_abs']:.3f}, "
                     f"mean kurtosis {record['weights_summary']['kurtosis']:.2f} after pretraining"),
         ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in record["seconds"].items())),

@@ -47,3 +47,8 @@ def unflat(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         n, c, h, w = like.shape
         return values.view(n, h, w, c).permute(0, 3, 1, 2)
     return values.view(like.shape)
+
+
+def matching(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`grad` in the memory format of `like`, so that both flatten in one order."""
+    return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)

@@ -1,34 +1,65 @@
 """ResNet-18, MobileNet-V1 and MobileNet-V2 (paper section 4), each with `width_mult`.
 
-ResNet-18 and MobileNet-V2 are torchvision's. Strides are ImageNet's at every image size, so a small study trains
-the same network. Widths 0.25, 0.5 and 1.0 give the parameter counts of the paper's Table 3.
+ResNet-18 and MobileNet-V2 are torchvision's, with its parameter names; additions, pooling and every use of ReLU are
+modules of their own here, so that a quantizer finds each activation. Strides are ImageNet's at every image size, so
+a small study trains the same network. Widths 0.25, 0.5 and 1.0 give the parameter counts of the paper's Table 3.
 """
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from functools import wraps
+
+from torch import Tensor, nn
 from torchvision.models import MobileNetV2, ResNet
+from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock
 
 from r2.config import Count, Fraction, Width
 
 
+class Add(nn.Module):
+    """Two tensors' sum."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+def _described(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Let a model remember how it was built, so that a packed file can build it again."""
+
+    @wraps(build)
+    def built(num_classes: int, width_mult: float = 1.0, **options: float) -> nn.Module:
+        model = build(num_classes, width_mult, **options)
+        model.architecture = {"name": build.__name__, "num_classes": num_classes, "width_mult": width_mult}  # type: ignore[assignment]
+        return model
+
+    return built
+
+
+class _Block(BasicBlock):
+    """torchvision's block; its ReLU is used once, the second use and the sum are modules."""
+
+    def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, **kwargs)
+        self.add, self.relu2 = Add(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu2(self.add(y, x if self.downsample is None else self.downsample(x)))
+
+
+@_described
 def resnet18(num_classes: Count, width_mult: Width = 1.0) -> nn.Module:
     """torchvision's ResNet-18; images (n, 3, h, w) to logits (n, num_classes)."""
-    model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
-    if width_mult != 1.0:
-        model = _narrow_resnet(num_classes, width_mult)
-    return model
-
-
-def _narrow_resnet(num_classes: int, width_mult: float) -> ResNet:
+    if width_mult == 1.0:
+        return ResNet(_Block, [2, 2, 2, 2], num_classes=num_classes)
     # torchvision fixes ResNet-18's widths, so the four stages are built again with its own block builder.
-    model = ResNet(BasicBlock, [0, 0, 0, 0], num_classes=num_classes)
+    model = ResNet(_Block, [0, 0, 0, 0], num_classes=num_classes)
     widths = [max(1, int(width * width_mult)) for width in (64, 128, 256, 512)]
     model.inplanes = widths[0]
     model.conv1 = nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False)
     model.bn1 = nn.BatchNorm2d(widths[0])
     for i, width in enumerate(widths):
-        setattr(model, f"layer{i + 1}", model._make_layer(BasicBlock, width, 2, stride=1 if i == 0 else 2))
+        setattr(model, f"layer{i + 1}", model._make_layer(_Block, width, 2, stride=1 if i == 0 else 2))
     model.fc = nn.Linear(widths[3], num_classes)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -36,9 +67,33 @@ def _narrow_resnet(num_classes: int, width_mult: float) -> ResNet:
     return model
 
 
+class _Residual(InvertedResidual):
+    """torchvision's block; its sum is a module."""
+
+    def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, **kwargs)
+        if self.use_res_connect:
+            self.add = Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.conv(x)) if self.use_res_connect else self.conv(x)
+
+
+class _MobileNetV2(MobileNetV2):
+    """torchvision's network; its pooling is a module."""
+
+    def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, block=_Residual, **kwargs)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.features(x)).flatten(1))
+
+
+@_described
 def mobilenet_v2(num_classes: Count, width_mult: Width = 1.0, dropout: Fraction = 0.2) -> nn.Module:
     """torchvision's MobileNet-V2; images (n, 3, h, w) to logits (n, num_classes)."""
-    return MobileNetV2(num_classes=num_classes, width_mult=width_mult, dropout=dropout)
+    return _MobileNetV2(num_classes=num_classes, width_mult=width_mult, dropout=dropout)
 
 
 class MobileNetV1(nn.Module):
@@ -77,7 +132,7 @@ class MobileNetV1(nn.Module):
         nn.init.normal_(self.classifier.weight, 0, 0.01)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.pool(self.features(images)).flatten(1))
 
 
@@ -86,6 +141,7 @@ def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: in
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
+@_described
 def mobilenet_v1(num_classes: Count, width_mult: Width = 1.0) -> nn.Module:
     """MobileNet-V1; images (n, 3, h, w) to logits (n, num_classes)."""
     return MobileNetV1(num_classes, width_mult)

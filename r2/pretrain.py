@@ -32,10 +32,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
     world.barrier()
     run = Run(directory, key, world, config["seed"], config["checkpoint_seconds"], tracker.log)
 
-    torch.manual_seed(config["seed"])
-    model = build(config["model"], num_classes=data.num_classes).to(world.device)
-    if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model = _new(config, data, recipe, world)
     finished = directory / "model.pt"
     with store.lock(directory, world, run.say):
         if world.broadcast(finished.exists()):
@@ -66,3 +63,24 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             store.remove(run.checkpoint("pretrain"), run.checkpoint("pretrain").with_suffix(".previous"))
         world.barrier()
     return model.eval(), {**info, "directory": str(directory)}
+
+
+def untrained(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, dict]:
+    """The model before any training, for a stage that trains it from scratch; returns what `pretrain` does."""
+    model = _new(config, data, recipe, world)
+    weights = describe(model)
+    return model, {
+        "metrics": None,
+        "seconds": 0.0,
+        "images_per_second": None,
+        "weights_initial": weights,
+        "weights": weights,
+        "sha256": None,
+        "skipped_images": 0,
+    }
+
+
+def _new(config: dict, data: Data, recipe: Recipe, world: World) -> nn.Module:
+    torch.manual_seed(config["seed"])
+    model = build(config["model"], num_classes=data.num_classes).to(world.device)
+    return model.to(memory_format=torch.channels_last) if recipe.channels_last else model

@@ -1,6 +1,7 @@
 """How to optimise: the `recipe` group, its optimizer and its learning-rate schedule."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,10 +34,17 @@ class Recipe:
     finetune: dict = field(default_factory=dict)  # the stages' epochs, batch and learning rates
 
 
-def sgd(model: nn.Module, recipe: Recipe, regularizer: Regularizer | None = None) -> Optimizer:
-    """SGD over the model with the regularizer's weight decay, and over the regularizer's own parameters."""
+def sgd(
+    model: nn.Module, recipe: Recipe, regularizer: Regularizer | None = None, apart: Iterable[nn.Parameter] = ()
+) -> Optimizer:
+    """SGD over the model with the regularizer's weight decay, and over the regularizer's own parameters.
+
+    Parameters `apart` are left to another optimizer or group.
+    """
+    left_out = {id(p) for p in apart}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
     decay = recipe.weight_decay * (regularizer.decay if regularizer else 1.0)
-    groups: list[dict] = [{"params": list(model.parameters()), "weight_decay": decay}]
+    groups: list[dict] = [{"params": parameters, "weight_decay": decay}]
     groups += regularizer.param_groups(recipe.lr) if regularizer else []
     return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.nesterov)
 

@@ -150,7 +150,11 @@ def make(
             "metrics": result["metrics"],
             "fp32": pretrained["metrics"],
             "initial": result.get("initial"),
-            "epochs": {"pretrain": config["recipe"]["epochs"], "stage": config["stage"].get("epochs", 0)},
+            "sqnr_db": result.get("sqnr_db"),
+            "epochs": {
+                "pretrain": config["recipe"]["epochs"] if pretrained["metrics"] else 0,
+                "stage": result["epochs"],
+            },
             "seconds": {"pretrain": pretrained["seconds"], **result["seconds"]},
             "images_per_second": {
                 "pretrain": pretrained["images_per_second"],

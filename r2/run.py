@@ -24,7 +24,7 @@ def start(config: dict) -> dict:
 def experiment(config: dict, world: "World") -> dict:
     """The whole experiment on one rank; returns the record."""
     from r2 import console, record, store
-    from r2.pretrain import pretrain
+    from r2.pretrain import pretrain, untrained
     from r2.trackers import Tracker
 
     key = fingerprint(identity(config))
@@ -45,8 +45,9 @@ def experiment(config: dict, world: "World") -> dict:
             run.say(f"{axes['data']}: {data.describe()}")
             tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
             run.log = tracker.log
-            model, pretrained = pretrain(config, data, recipe, world, tracker)
-            model, result = stage(model, data, recipe, run)
+            start = untrained if stage.from_scratch else pretrain
+            model, pretrained = start(config, data, recipe, world, tracker)
+            model, result = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
             found = record.make(config, axes, directory, pretrained, model, result, data, world)
             run.finish(model, found)
             tracker.close()

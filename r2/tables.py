@@ -51,7 +51,7 @@ def cells(records: list[dict]) -> dict[tuple, dict[tuple, dict]]:
     for record in records:
         axes, epochs = record["axes"], record["epochs"]["pretrain"]
         table = tables[axes["data"], f"{epochs} epochs", axes["model"]]
-        entries = [("fp32", record["fp32"]["top1"], (None, None))]
+        entries = [("fp32", record["fp32"]["top1"], (None, None))] if record["fp32"] else []
         if axes["stage"] != "fp32":
             bits = (axes["weight_bits"], axes["act_bits"])
             extra = " excl. F&L" if axes["quantized_layers"] == "excl_first_last" else ""

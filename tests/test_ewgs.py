@@ -8,7 +8,7 @@ from torch import nn
 from r2.models import mobilenet_v1
 from r2.quantizers import ewgs
 from r2.quantizers.hessian import gradient_scales
-from r2.quantizers.swap import calibrate, quantizable, swap
+from r2.quantizers.layers import calibrate, quantizable, swap
 
 
 def reference(x, lower, upper, bits, delta, grad):
@@ -73,7 +73,7 @@ def test_layer_at_8_bits_is_close_to_the_original(signed):
     x = x if signed else x.relu()
     expected = conv(x)
     layers = quantizable(conv)
-    swap(layers, ewgs.twins, lambda name: ewgs.Quantizer(8, 8, 0.0))
+    swap(layers, lambda name: ewgs.EWGS(8, 8, 0.0))
     calibrate(conv, layers, x)
     assert bool(conv.quantizer.signed) == signed
     error = (conv(x) - expected).norm() / expected.norm()
@@ -84,7 +84,7 @@ def test_signed_inputs_keep_zero_padding():
     torch.manual_seed(0)
     conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
     layers = quantizable(conv)
-    swap(layers, ewgs.twins, lambda name: ewgs.Quantizer(4, 3, 0.0))
+    swap(layers, lambda name: ewgs.EWGS(4, 3, 0.0))
     calibrate(conv, layers, torch.randn(2, 1, 8, 8))
     q = conv.quantizer
     torch.testing.assert_close(-q.act_lower, q.act_upper)
@@ -102,7 +102,7 @@ def test_hessian_estimate_repeats_and_leaves_the_model_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
     layers = quantizable(model)
-    swap(layers, ewgs.twins, lambda name: ewgs.Quantizer(2, 2, 0.0))
+    swap(layers, lambda name: ewgs.EWGS(2, 2, 0.0))
     images, labels = torch.randn(8, 3, 8, 8), torch.randint(0, 3, (8,))
     calibrate(model, layers, images)
     before = {k: v.clone() for k, v in model.state_dict().items()}

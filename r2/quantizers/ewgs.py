@@ -5,12 +5,14 @@ Backward of the discretiser:      g_z = g (1 + delta sign(g) (z - q)),  on the c
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from r2.kernels import flat, fused, unflat
+from r2.kernels import flat, fused, matching, unflat
+from r2.quantizers.layers import Quantizer, output_ratio
 
 
 def quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, delta: float | Tensor = 0.0) -> Tensor:
@@ -41,8 +43,7 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, lower, upper, levels, delta = ctx.saved_tensors
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
+        grad = matching(grad, x)
         # The Hessian estimate differentiates this again, which a compiled kernel cannot do.
         fuse = _fuse(x) and not torch.is_grad_enabled()
         kernel = _scaled_gradient if fuse else _scaled_gradient.plain
@@ -73,12 +74,15 @@ def _scaled_gradient(
     return gz / (upper - lower), (gz * z).sum(), gz.sum()
 
 
-class Quantizer(nn.Module):
-    """The EWGS parameters of one layer: weight and activation bounds, and the scale of its output.
+class EWGS(Quantizer):
+    """One layer's EWGS: discrete weights in [-1, 1], discrete inputs in [0, 1], one learnable output scale.
 
-    Attributes:
-        signed: decided at calibration. An unsigned layer (input after ReLU) is exactly the official form. A signed
-            one convolves q + lower / (upper - lower), the dequantised input over its range, so that zero stays zero.
+    A signed layer (its input has negative values, decided at calibration) computes with q + lower / (upper - lower),
+    the dequantised input over its range, so that zero stays zero; an unsigned one is exactly the official form.
+
+    Args:
+        weight_bits, act_bits: widths; act_bits None leaves the input as it is.
+        delta: initial gradient scaling factor of both.
     """
 
     weight_lower: nn.Parameter
@@ -90,7 +94,7 @@ class Quantizer(nn.Module):
     act_delta: Tensor
     signed: Tensor
 
-    def __init__(self, weight_bits: int, act_bits: int | None, delta: float):
+    def __init__(self, weight_bits: int, act_bits: int | None, delta: float = 0.0):
         super().__init__()
         self.weight_bits, self.act_bits = weight_bits, act_bits
         for name in ("weight_lower", "weight_upper", "act_lower", "act_upper", "output_scale"):
@@ -101,27 +105,25 @@ class Quantizer(nn.Module):
         self.register_buffer("signed", torch.tensor(0.0))
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, weight: Tensor) -> None:
-        """Official bounds from one batch: 3 std of the weights; 3 std of a half normal for the activations."""
-        spread = weight.std() if weight.numel() > 1 else weight.abs().sum()
-        spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+    def initialise(self, x: Tensor, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Official: 3 std of the weights; 3 std of a half normal for the inputs; the output as large as before."""
+        spread = _spread(weight)
         self.weight_lower.copy_(-3 * spread)
         self.weight_upper.copy_(3 * spread)
-        if self.act_bits is None:
-            return
-        std = x.std()
-        std = torch.where(std > 0, std, torch.ones_like(std))
-        self.signed.fill_(float(x.min() < 0))
-        if self.signed:
-            self.act_lower.copy_(-3 * std)
-            self.act_upper.copy_(3 * std)
-        else:
-            self.act_lower.copy_(x.min())
-            self.act_upper.copy_(x.min() + 3 * std / math.sqrt(1 - 2 / math.pi))
+        if self.act_bits is not None:
+            std = _spread(x)
+            self.signed.fill_(float(x.min() < 0))
+            if self.signed:
+                self.act_lower.copy_(-3 * std)
+                self.act_upper.copy_(3 * std)
+            else:
+                self.act_lower.copy_(x.min())
+                self.act_upper.copy_(x.min() + 3 * std / math.sqrt(1 - 2 / math.pi))
+        self.output_scale.copy_(output_ratio(self, x, weight, operation))
 
-    def weight(self, weight: Tensor) -> Tensor:
+    def weight(self, w: Tensor) -> Tensor:
         """2q - 1 in [-1, 1]."""
-        q = quantize(weight, self.weight_lower, self.weight_upper, self.weight_bits, self.weight_delta)
+        q = quantize(w, self.weight_lower, self.weight_upper, self.weight_bits, self.weight_delta)
         return self.tap("weight", q) * 2 - 1
 
     def act(self, x: Tensor) -> Tensor:
@@ -131,53 +133,26 @@ class Quantizer(nn.Module):
         offset = self.act_lower / (self.act_upper - self.act_lower)
         return self.tap("act", q) + self.signed * offset
 
+    def out(self, y: Tensor) -> Tensor:
+        return y * self.output_scale.abs()
+
     def tap(self, kind: str, q: Tensor) -> Tensor:
         """Identity; the Hessian estimate replaces it to reach the discrete values."""
         return q
 
-
-class _Layer:
-    """What the two layers share: calibration, and the quantized operation. Bias stays outside the output scale."""
-
-    quantizer: Quantizer
-    weight: Tensor
-
-    def apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The bare operation, without bias."""
-        raise NotImplementedError
-
-    def quantized(self, x: Tensor) -> Tensor:
-        return self.apply_to(self.quantizer.act(x), self.quantizer.weight(self.weight))
-
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        """Bounds from one batch; the output scale makes the quantized operation as large as the original."""
-        self.quantizer.initialise(x, self.weight)
-        size = self.quantized(x).abs().mean()
-        scale = self.apply_to(x, self.weight).abs().mean() / torch.where(size > 0, size, torch.ones_like(size))
-        self.quantizer.output_scale.copy_(scale)
+    def encode(self, w: Tensor) -> Tensor:
+        q = quantize(w, self.weight_lower, self.weight_upper, self.weight_bits)
+        return torch.round(q.reshape(-1) * (2**self.weight_bits - 1)).to(torch.int32)
+
+    def decode(self, codes: Tensor, like: Tensor) -> Tensor:
+        return (codes.to(like.dtype) / (2**self.weight_bits - 1) * 2 - 1).view(like.shape)
+
+    def settings(self) -> dict[str, Any]:
+        return {"weight_bits": self.weight_bits, "act_bits": self.act_bits}
 
 
-class EWGSConv2d(_Layer, nn.Conv2d):
-    """A convolution over discrete weights and inputs."""
-
-    def apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.quantized(x) * self.quantizer.output_scale.abs()
-        return out if self.bias is None else out + self.bias.view(1, -1, 1, 1)
-
-
-class EWGSLinear(_Layer, nn.Linear):
-    """A linear layer over discrete weights and inputs."""
-
-    def apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.quantized(x) * self.quantizer.output_scale.abs()
-        return out if self.bias is None else out + self.bias
-
-
-twins: dict[type, type] = {nn.Conv2d: EWGSConv2d, nn.Linear: EWGSLinear}
+def _spread(x: Tensor) -> Tensor:
+    """The unbiased standard deviation; 1 for a constant, which has no range to quantize."""
+    std = x.std() if x.numel() > 1 else x.abs().sum()
+    return torch.where(std > 0, std, torch.ones_like(std))

@@ -6,6 +6,7 @@ from torch import nn
 
 from r2.data.batches import Data
 from r2.recipe import Recipe
+from r2.regularizers import Regularizer
 from r2.store import Run
 from r2.train import evaluate
 
@@ -14,9 +15,13 @@ from r2.train import evaluate
 class FP32:
     """No compression."""
 
-    def __call__(self, model: nn.Module, data: Data, recipe: Recipe, run: Run) -> tuple[nn.Module, dict]:
+    from_scratch = False
+
+    def __call__(
+        self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
+    ) -> tuple[nn.Module, dict]:
         """Returns the model and its record: `metrics` and `seconds`."""
-        return model, {"metrics": evaluate(model, data, run.world, recipe), "seconds": {}}
+        return model, {"metrics": evaluate(model, data, run.world, recipe), "epochs": 0, "seconds": {}}
 
     def axes(self) -> dict:
         """The columns that tell this stage's records apart."""

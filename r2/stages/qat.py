@@ -1,45 +1,53 @@
-"""Quantization-aware training from the pretrained checkpoint, without the regularizer (paper section 3, last part)."""
+"""Quantization-aware training: EWGS and LSQ from the pretrained checkpoint without the regularizer (paper section 3,
+last part), PACT from scratch with it (section 4.2.2).
+"""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from r2.config import Bits, Count, NonNegative, Positive
+from r2.config import Bits, Count, NonNegative, Positive, UserError
 from r2.data.batches import Data
 from r2.dist import sync_batchnorm
-from r2.quantizers import ewgs
+from r2.quantizers import ewgs, lsq, pact
 from r2.quantizers.hessian import gradient_scales
-from r2.quantizers.swap import calibrate, quantizable, quantizer_parameters, swap
+from r2.quantizers.layers import (
+    Quantizer,
+    calibrate,
+    layer_bits,
+    quantizable,
+    quantizer_parameters,
+    signal_to_noise,
+    swap,
+)
 from r2.recipe import Recipe, sgd
+from r2.regularizers import Regularizer
 from r2.store import Run
 from r2.train import evaluate, train
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QAT:
-    """Swap the layers, initialise from one batch, train: SGD for weights, Adam for quantizer parameters.
+    """Swap the layers, initialise the quantizers from one batch, train.
 
     Args:
-        bits: both widths, unless `weight_bits` or `act_bits` says otherwise.
+        bits: both widths, unless `weight_bits`, `act_bits` or `layer_bits` says otherwise.
         input_bits: of the image at the first layer; null leaves it as it is.
-        delta: gradient scaling, or 'hessian' to estimate it per layer (0 in the first epoch, as official).
+        layer_bits: widths of both by layer name pattern, e.g. {classifier: 8}.
         batchnorm: 'train' lets the statistics move on, 'freeze' keeps those of pretraining.
     """
 
-    quantizer: Literal["ewgs"]
     bits: Bits
     weight_bits: Bits
     act_bits: Bits
     input_bits: Bits | None
+    layer_bits: dict[str, Bits]
     skip_first_last: bool
-    delta: NonNegative | Literal["hessian"]
-    hessian_interval: Count
-    hessian_batches: Count
-    hessian_batch_size: Count
-    hessian_probes: Count
     batchnorm: Literal["train", "freeze"]
     epochs: Count
     batch_size: Count
@@ -47,14 +55,75 @@ class QAT:
     quantizer_lr: Positive
     weight_decay: NonNegative
 
+    from_scratch = False
+
     def axes(self) -> dict:
         """The columns that tell this stage's records apart."""
         layers = "excl_first_last" if self.skip_first_last else "all"
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "quantized_layers": layers}
 
-    def __call__(self, model: nn.Module, data: Data, recipe: Recipe, run: Run) -> tuple[nn.Module, dict]:
+    def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
+        """A new quantizer of one layer."""
+        raise NotImplementedError
+
+    def optimizers(
+        self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
+    ) -> list[Optimizer]:
+        """Optimizers of the weights and of the quantizers' `parameters`: here SGD, which does not decay the latter."""
+        optimizer = sgd(model, recipe, regularizer, apart=parameters)
+        optimizer.add_param_group({"params": parameters, "lr": self.quantizer_lr, "weight_decay": 0.0})
+        return [optimizer]
+
+    def before_epoch(
+        self, model: nn.Module, layers: dict[str, nn.Module], data: Data, run: Run
+    ) -> Callable[[int], None] | None:
+        return None
+
+    def __call__(
+        self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
+    ) -> tuple[nn.Module, dict]:
         """Returns the quantized model and its record: `metrics`, `initial` (before training) and `seconds`."""
-        recipe = replace(
+        name = type(self).__name__.lower()
+        if not self.from_scratch:
+            recipe = self._finetuning(recipe)
+        if recipe.sync_bn:
+            model = sync_batchnorm(model, run.world)
+        began = time.monotonic()
+        layers = quantizable(model, self.skip_first_last)
+        first = next(iter(quantizable(model)))
+        overrides = layer_bits(list(layers), self.layer_bits)
+
+        def quantizer(layer: str) -> Quantizer:
+            act_bits = self.input_bits if layer == first else overrides.get(layer, self.act_bits)
+            return self.quantizer(overrides.get(layer, self.weight_bits), act_bits)
+
+        swap(layers, quantizer)
+        images, _ = next(data.calibration(recipe.batch_size, run.seed))
+        calibrate(model, layers, images)
+        initial = evaluate(model, data, run.world, recipe)
+        calibrated = time.monotonic()
+        done = train(
+            model,
+            data,
+            recipe,
+            run,
+            name,
+            self.optimizers(model, quantizer_parameters(layers), recipe, regularizer if self.from_scratch else None),
+            regularizer if self.from_scratch else None,
+            before_epoch=self.before_epoch(model, layers, data, run),
+            frozen=(lambda: _freeze_batchnorm(model)) if self.batchnorm == "freeze" else None,
+        )
+        return model, {
+            "metrics": evaluate(model, data, run.world, recipe),
+            "initial": initial,
+            "sqnr_db": signal_to_noise(model, images),
+            "epochs": recipe.epochs,
+            "images_per_second": done["images_per_second"],
+            "seconds": {"calibrate": round(calibrated - began, 2), name: done["seconds"]},
+        }
+
+    def _finetuning(self, recipe: Recipe) -> Recipe:
+        return replace(
             recipe,
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -64,28 +133,39 @@ class QAT:
             warmup_epochs=0.0,
             label_smoothing=0.0,
         )
-        if recipe.sync_bn:
-            model = sync_batchnorm(model, run.world)
-        began = time.monotonic()
-        layers = quantizable(model, self.skip_first_last)
-        first = next(iter(quantizable(model)))
-        delta = 0.0 if self.delta == "hessian" else self.delta
 
-        def quantizer(name: str) -> nn.Module:
-            return ewgs.Quantizer(self.weight_bits, self.input_bits if name == first else self.act_bits, delta)
 
-        swap(layers, ewgs.twins, quantizer)
-        images, _ = next(data.calibration(self.batch_size, run.seed))
-        calibrate(model, layers, images)
-        initial = evaluate(model, data, run.world, recipe)
-        calibrated = time.monotonic()
+def _freeze_batchnorm(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
-        parameters = quantizer_parameters(layers)
-        ids = {id(p) for p in parameters}
-        weights = sgd(model, recipe)
-        weights.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-        adam = torch.optim.Adam(parameters, self.quantizer_lr)
 
+@dataclass(frozen=True, kw_only=True)
+class EWGS(QAT):
+    """Official optimizers: SGD for the weights, Adam for the quantizers, both on a cosine.
+
+    Args:
+        delta: gradient scaling, or 'hessian' to estimate it per layer (0 in the first epoch, as official).
+    """
+
+    delta: NonNegative | Literal["hessian"]
+    hessian_interval: Count
+    hessian_batches: Count
+    hessian_batch_size: Count
+    hessian_probes: Count
+
+    def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
+        return ewgs.EWGS(weight_bits, act_bits, 0.0 if self.delta == "hessian" else float(self.delta))
+
+    def optimizers(
+        self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
+    ) -> list[Optimizer]:
+        return [sgd(model, recipe, regularizer, apart=parameters), torch.optim.Adam(parameters, self.quantizer_lr)]
+
+    def before_epoch(
+        self, model: nn.Module, layers: dict[str, nn.Module], data: Data, run: Run
+    ) -> Callable[[int], None] | None:
         def estimate(epoch: int) -> None:
             if epoch == 0 or epoch % self.hessian_interval:
                 return
@@ -96,24 +176,47 @@ class QAT:
                 for kind, value in found.items():
                     getattr(layers[name].quantizer, f"{kind}_delta").fill_(value)
 
-        def freeze() -> None:
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        return estimate if self.delta == "hessian" else None
 
-        done = train(
-            model,
-            data,
-            recipe,
-            run,
-            self.quantizer,
-            [weights, adam],
-            before_epoch=estimate if self.delta == "hessian" else None,
-            frozen=freeze if self.batchnorm == "freeze" else None,
-        )
-        return model, {
-            "metrics": evaluate(model, data, run.world, recipe),
-            "initial": initial,
-            "images_per_second": done["images_per_second"],
-            "seconds": {"calibrate": round(calibrated - began, 2), self.quantizer: done["seconds"]},
-        }
+
+@dataclass(frozen=True, kw_only=True)
+class LSQ(QAT):
+    """Steps are trained by the weights' SGD, at `quantizer_lr` and without weight decay."""
+
+    def __post_init__(self) -> None:
+        for bits in (self.weight_bits, *self.layer_bits.values()):
+            lsq.bounds(bits, signed=True)
+
+    def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
+        return lsq.LSQ(weight_bits, act_bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PACT(QAT):
+    """Clips are trained by the weights' SGD and have their own weight decay.
+
+    Args:
+        from_scratch: train the untrained model by the whole recipe with the regularizer active, as the paper does;
+            else fine-tune the pretrained one by `epochs`, `batch_size`, `lr` and `weight_decay`.
+        alpha: first clip of every layer.
+        alpha_decay: weight decay of the clips.
+    """
+
+    from_scratch: bool  # type: ignore[misc]
+    alpha: Positive
+    alpha_decay: NonNegative
+
+    def __post_init__(self) -> None:
+        if self.input_bits == 1:
+            raise UserError("stage.input_bits=1: the image has negative values, which 1 bit cannot sign under pact")
+
+    def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
+        return pact.PACT(weight_bits, act_bits, self.alpha)
+
+    def optimizers(
+        self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
+    ) -> list[Optimizer]:
+        optimizer = sgd(model, recipe, regularizer, apart=parameters)
+        group: dict[str, Any] = {"params": parameters, "weight_decay": self.alpha_decay}
+        optimizer.add_param_group(group if self.from_scratch else {**group, "lr": self.quantizer_lr})
+        return [optimizer]

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from r2 import models, regularizers
-from r2.quantizers import ewgs
-from r2.quantizers.swap import calibrate, quantizable, quantizer_parameters, swap
+from r2.quantizers.ewgs import EWGS
+from r2.quantizers.layers import calibrate, quantizable, quantizer_parameters, swap
 from r2.recipe import Recipe, sgd
 
 parser = argparse.ArgumentParser()
@@ -59,7 +59,7 @@ for kind in (regularizers.LInf, regularizers.Margin, regularizers.Kurtosis, regu
     variants[kind.__name__] = gradients_alone(kind(bare))
 quantized = copy.deepcopy(original)
 layers = quantizable(quantized)
-swap(layers, ewgs.twins, lambda name: ewgs.Quantizer(2, 2, 1e-3))
+swap(layers, lambda name: EWGS(2, 2, 1e-3))
 calibrate(quantized, layers, images)
 scales = quantizer_parameters(layers)
 known = {id(p) for p in scales}

@@ -1,0 +1,189 @@
+"""Compressed layers: a convolution or linear layer of the trained model, computing through its quantizer.
+
+A method is one `Quantizer`; the layers, the calibration and the training are shared. Layers are changed in place:
+the parameters and their names stay what they were.
+"""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from r2.config import UserError
+
+
+class Quantizer(nn.Module):
+    """What a method does to one layer; each part is the identity unless the method says otherwise.
+
+    The layer computes `out(operation(act(x), weight(w))) + bias`. `decode(encode(w), w)` equals `weight(w)` of the
+    finished model bit for bit: that is what makes a packed file exact.
+    """
+
+    weight_bits: int
+
+    def initialise(self, x: Tensor, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Set the parameters from the layer's input, its weight and its bare operation (without bias)."""
+
+    def weight(self, w: Tensor) -> Tensor:
+        return w
+
+    def act(self, x: Tensor) -> Tensor:
+        return x
+
+    def out(self, y: Tensor) -> Tensor:
+        return y
+
+    def encode(self, w: Tensor) -> Tensor:
+        """Non-negative integer codes below 2^weight_bits (int32, or uint8), flat."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, like: Tensor) -> Tensor:
+        """The weight that `codes` stand for, in the shape of `like`."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, plain values."""
+        raise NotImplementedError
+
+
+def output_ratio(
+    quantizer: Quantizer, x: Tensor, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """mean|operation(x, weight)| over the same of the quantized ones: the scale that keeps the output's size."""
+    size = operation(quantizer.act(x), quantizer.weight(weight)).abs().mean()
+    return operation(x, weight).abs().mean() / torch.where(size > 0, size, torch.ones_like(size))
+
+
+class _Quantized:
+    """What the two layers share. A layer read from a packed file holds its `codes` and the weight they stand for."""
+
+    quantizer: Quantizer
+    weight: Tensor
+    bias: Tensor | None
+    codes: Tensor | None = None
+
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The bare operation, without bias."""
+        raise NotImplementedError
+
+    def compute(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.codes is not None else self.quantizer.weight(self.weight)
+        return self.quantizer.out(self.operation(self.quantizer.act(x), weight))
+
+
+class QuantizedConv2d(_Quantized, nn.Conv2d):
+    """A convolution through a quantizer."""
+
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.compute(x)
+        return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
+
+
+class QuantizedLinear(_Quantized, nn.Linear):
+    """A linear layer through a quantizer."""
+
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.compute(x)
+        return y if self.bias is None else y + self.bias
+
+
+_TWINS: dict[type, type] = {nn.Conv2d: QuantizedConv2d, nn.Linear: QuantizedLinear}
+
+
+def quantizable(model: nn.Module, skip_first_last: bool = False) -> dict[str, nn.Module]:
+    """Convolution and linear layers by name, in the model's order.
+
+    Raises:
+        UserError: there is none.
+    """
+    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    if skip_first_last:
+        layers = {name: layers[name] for name in list(layers)[1:-1]}
+    if not layers:
+        raise UserError("the model has no convolution or linear layer to compress")
+    return layers
+
+
+def layer_bits(names: list[str], overrides: Mapping[str, int]) -> dict[str, int]:
+    """Bit widths by layer name, of the patterns (`classifier`, `features.1?.*`) in `stage.layer_bits`; the last wins.
+
+    Raises:
+        UserError: a pattern fits no layer, or a width is impossible.
+    """
+    found: dict[str, int] = {}
+    for pattern, bits in overrides.items():
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 32:
+            raise UserError(f"stage.layer_bits.{pattern}={bits!r}: bits are 1 to 32")
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise UserError(f"stage.layer_bits: no layer fits {pattern!r}; the layers are {', '.join(names)}")
+        found |= dict.fromkeys(fitting, bits)
+    return found
+
+
+def swap(layers: Mapping[str, nn.Module], quantizer: Callable[[str], Quantizer]) -> None:
+    """Give each layer its twin's class and a quantizer of its own."""
+    for name, layer in layers.items():
+        layer.__class__ = _TWINS[type(layer)]
+        layer.quantizer = quantizer(name).to(layer.weight.device)  # type: ignore[union-attr,arg-type]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> None:
+    """Initialise every quantizer in one forward pass in training mode, so a later layer sees quantized inputs."""
+
+    def initialise(layer: Any, inputs: tuple[Tensor]) -> None:
+        layer.quantizer.initialise(inputs[0], layer.weight, layer.operation)
+
+    hooks = [layer.register_forward_pre_hook(initialise) for layer in layers.values()]
+    model.train()
+    model(images)
+    for hook in hooks:
+        hook.remove()
+
+
+def quantizer_parameters(layers: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    return [p for layer in layers.values() for p in layer.quantizer.parameters() if p.requires_grad]  # type: ignore[union-attr]
+
+
+def compressed(model: nn.Module) -> dict[str, Any]:
+    """The compressed layers of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _Quantized)}
+
+
+@torch.no_grad()
+def signal_to_noise(
+    model: nn.Module, images: Tensor, originals: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Per compressed layer, the signal-to-quantization-noise ratio of its output in dB, its input being the same.
+
+    The signal is the layer's operation on its unquantized input and its latent weight, or the one in `originals`.
+    """
+    found: dict[str, float] = {}
+
+    def measure(name: str) -> Callable:
+        def hook(layer: Any, inputs: tuple[Tensor], _: Tensor) -> None:
+            weight = originals[name] if originals else layer.weight
+            signal = layer.operation(inputs[0], weight)
+            noise = layer.compute(inputs[0]) - signal
+            power, error = signal.double().square().sum(), noise.double().square().sum()
+            found[name] = round(10 * torch.log10(power / error.clamp(min=1e-30)).item(), 3) if power > 0 else 0.0
+
+        return hook
+
+    layers = compressed(model)
+    hooks = [layer.register_forward_hook(measure(name)) for name, layer in layers.items()]
+    model.eval()
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return found
