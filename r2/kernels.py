@@ -22,12 +22,15 @@ class fused:
         self._compiled: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if self._compiled is not None:
-            return self._compiled(*args)
-        self._compiled = torch.compile(self.plain, dynamic=True, fullgraph=True)
+        # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
+        args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in args)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.plain, dynamic=True, fullgraph=True)
         try:
             return self._compiled(*args)
         except Exception as error:  # no C++ compiler or Triton on this machine
+            if self._compiled is self.plain:
+                raise
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"{self.plain.__name__} is not fused, and slower: {reason}", stacklevel=2)
             self._compiled = self.plain
@@ -52,3 +55,14 @@ def unflat(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def matching(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`grad` in the memory format of `like`, so that both flatten in one order."""
     return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
+
+
+def argmax_abs(w: torch.Tensor) -> torch.Tensor:
+    """Index (1,) of the largest |w|: the maxima of short rows first, so each weight is read once."""
+    rows = w[: w.numel() // 64 * 64].view(-1, 64)
+    candidates = [torch.arange(rows.numel(), w.numel(), device=w.device)]
+    if len(rows):
+        for extreme in (rows.amax(1).argmax(), rows.amin(1).argmin()):
+            candidates.append(extreme * 64 + torch.arange(64, device=w.device))
+    index = torch.cat(candidates)
+    return index[w[index].abs().argmax()].view(1)

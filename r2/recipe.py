@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -54,3 +54,17 @@ def learning_rate(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def finetuning(recipe: Recipe, epochs: int, batch_size: int, lr: float, weight_decay: float) -> Recipe:
+    """The recipe of a stage: the machine's settings stay, the schedule is its own, without warm-up or smoothing."""
+    return replace(
+        recipe,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        nesterov=False,
+        warmup_epochs=0.0,
+        label_smoothing=0.0,
+    )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import Count, NonNegative, Positive
-from r2.kernels import flat, fused
+from r2.kernels import argmax_abs, flat, fused
 
 
 def l_inf(w: Tensor) -> Tensor:
@@ -160,21 +160,10 @@ class LInf(Regularizer):
         return l_inf(w)
 
     def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
-        index = _argmax_abs(w)
+        index = argmax_abs(w)
         value = w[index]
         grad[index] += self.weight * value.sign()
         return value.abs().squeeze()
-
-
-def _argmax_abs(w: Tensor) -> Tensor:
-    """Index (1,) of the largest |w|: the maxima of short rows first, so each weight is read once."""
-    rows = w[: w.numel() // 64 * 64].view(-1, 64)
-    candidates = [torch.arange(rows.numel(), w.numel(), device=w.device)]
-    if len(rows):
-        for extreme in (rows.amax(1).argmax(), rows.amin(1).argmin()):
-            candidates.append(extreme * 64 + torch.arange(64, device=w.device))
-    index = torch.cat(candidates)
-    return index[w[index].abs().argmax()].view(1)
 
 
 class Margin(Regularizer):

@@ -23,6 +23,8 @@ def start(config: dict) -> dict:
 
 def experiment(config: dict, world: "World") -> dict:
     """The whole experiment on one rank; returns the record."""
+    import torch
+
     from r2 import console, record, store
     from r2.pretrain import pretrain, untrained
     from r2.trackers import Tracker
@@ -45,6 +47,8 @@ def experiment(config: dict, world: "World") -> dict:
             run.say(f"{axes['data']}: {data.describe()}")
             tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
             run.log = tracker.log
+            with torch.device("meta"):
+                stage.check(build(config["model"], num_classes=data.num_classes))
             start = untrained if stage.from_scratch else pretrain
             model, pretrained = start(config, data, recipe, world, tracker)
             model, result = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))

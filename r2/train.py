@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def train(
     optimizers: list[Optimizer],
     regularizer: Regularizer | None = None,
     before_epoch: Callable[[int], None] | None = None,
-    frozen: Callable[[], None] | None = None,
+    batchnorm: Literal["train", "freeze"] = "train",
 ) -> dict:
     """Optimise `model` in place, going on from the phase's checkpoint if there is one.
 
@@ -63,7 +63,7 @@ def train(
         phase: names the checkpoint, the curve and the progress bar.
         regularizer: its gradient is added after the all-reduce.
         before_epoch: called with the epoch's number before its first step.
-        frozen: called after every switch to training mode, to put parts back into evaluation mode.
+        batchnorm: 'freeze' keeps the statistics that the model comes with.
 
     Returns:
         seconds, images_per_second, and the curve's rows.
@@ -105,8 +105,8 @@ def train(
             if position.step == 0 and before_epoch:
                 before_epoch(position.epoch)
             model.train()
-            if frozen:
-                frozen()
+            if batchnorm == "freeze":
+                _freeze_batchnorm(model)
             batches = data.train(recipe.batch_size, run.seed, position.epoch, position.step)
             losses: list[Tensor] = []
             for images, labels in batches:
@@ -161,6 +161,12 @@ def train(
     seconds = before + time.monotonic() - began if before == 0 or state is None else max(before, position.seconds)
     rate = position.rows[-1]["images_per_second"] if position.rows else 0.0
     return {"seconds": round(seconds, 2), "images_per_second": rate, "rows": position.rows}
+
+
+def _freeze_batchnorm(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 @dataclass

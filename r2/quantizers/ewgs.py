@@ -30,27 +30,28 @@ def quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, delta: float | 
         raise ValueError(f"bits must be between 1 and 32, got {bits}")
     levels = torch.full((), 2.0**bits - 1, dtype=x.dtype, device=x.device)
     delta = torch.as_tensor(delta, dtype=x.dtype, device=x.device)
-    return _Quantize.apply(x, lower, upper, levels, delta)
+    return _Quantize.apply(x, lower, upper, levels, delta, x.new_ones(()), x.new_zeros(()))
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, lower, upper, levels, delta):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, lower, upper, levels, delta)
-        values = (_discretise if _fuse(x) else _discretise.plain)(flat(x), lower, upper, levels)
+    def forward(ctx, x, lower, upper, levels, delta, gain, shift):  # type: ignore[no-untyped-def]
+        """gain q + shift: one pass for what follows q."""
+        ctx.save_for_backward(x, lower, upper, levels, delta, gain)
+        values = (_discretise if _fuse(x) else _discretise.plain)(flat(x), lower, upper, levels, gain, shift)
         return unflat(values, x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, lower, upper, levels, delta = ctx.saved_tensors
+        x, lower, upper, levels, delta, gain = ctx.saved_tensors
         grad = matching(grad, x)
         # The Hessian estimate differentiates this again, which a compiled kernel cannot do.
         fuse = _fuse(x) and not torch.is_grad_enabled()
         kernel = _scaled_gradient if fuse else _scaled_gradient.plain
-        gx, gz_z, gz = kernel(flat(x), flat(grad), lower, upper, levels, delta)
+        gx, gz_z, gz = kernel(flat(x), flat(grad), lower, upper, levels, delta, gain)
         width = upper - lower
         # z = (x - l)/(u - l):  dz/du = -z/(u - l),  dz/dl = (z - 1)/(u - l)
-        return unflat(gx, x), ((gz_z - gz) / width).view_as(lower), (-gz_z / width).view_as(upper), None, None
+        return unflat(gx, x), ((gz_z - gz) / width).view_as(lower), (-gz_z / width).view_as(upper), *[None] * 4
 
 
 def _fuse(x: Tensor) -> bool:
@@ -58,19 +59,19 @@ def _fuse(x: Tensor) -> bool:
 
 
 @fused
-def _discretise(x: Tensor, lower: Tensor, upper: Tensor, levels: Tensor) -> Tensor:
+def _discretise(x: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     z = ((x - lower) / (upper - lower)).clamp(0, 1)
-    return torch.round(z * levels) / levels
+    return torch.round(z * levels) / levels * gain + shift
 
 
 @fused
 def _scaled_gradient(
-    x: Tensor, grad: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, delta: Tensor
+    x: Tensor, grad: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, delta: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = (x - lower) / (upper - lower)
     q = torch.round(z.clamp(0, 1) * levels) / levels
     # The mask is explicit: the closed interval is the method's, whatever clamp's gradient is at its bounds.
-    gz = torch.where((z >= 0) & (z <= 1), grad * (1 + delta * torch.sign(grad) * (z - q)), 0.0)
+    gz = torch.where((z >= 0) & (z <= 1), gain * grad * (1 + delta * torch.sign(grad) * (z - q)), 0.0)
     return gz / (upper - lower), (gz * z).sum(), gz.sum()
 
 
@@ -93,6 +94,7 @@ class EWGS(Quantizer):
     weight_delta: Tensor
     act_delta: Tensor
     signed: Tensor
+    tap: Callable[[str, Tensor], Tensor] | None = None  # where the Hessian estimate reaches the discrete values
 
     def __init__(self, weight_bits: int, act_bits: int | None, delta: float = 0.0):
         super().__init__()
@@ -123,22 +125,22 @@ class EWGS(Quantizer):
 
     def weight(self, w: Tensor) -> Tensor:
         """2q - 1 in [-1, 1]."""
-        q = quantize(w, self.weight_lower, self.weight_upper, self.weight_bits, self.weight_delta)
-        return self.tap("weight", q) * 2 - 1
+        bounds = self.weight_lower, self.weight_upper
+        if self.tap is not None:
+            return self.tap("weight", quantize(w, *bounds, self.weight_bits, self.weight_delta)) * 2 - 1
+        levels = w.new_full((), 2.0**self.weight_bits - 1)
+        return _Quantize.apply(w, *bounds, levels, self.weight_delta, w.new_full((), 2.0), w.new_full((), -1.0))
 
     def act(self, x: Tensor) -> Tensor:
         if self.act_bits is None:
             return x
         q = quantize(x, self.act_lower, self.act_upper, self.act_bits, self.act_delta)
-        offset = self.act_lower / (self.act_upper - self.act_lower)
-        return self.tap("act", q) + self.signed * offset
+        if self.tap is not None:
+            q = self.tap("act", q)
+        return q + self.signed * self.act_lower / (self.act_upper - self.act_lower)
 
     def out(self, y: Tensor) -> Tensor:
         return y * self.output_scale.abs()
-
-    def tap(self, kind: str, q: Tensor) -> Tensor:
-        """Identity; the Hessian estimate replaces it to reach the discrete values."""
-        return q
 
     @torch.no_grad()
     def encode(self, w: Tensor) -> Tensor:

@@ -62,7 +62,6 @@ class _Quantized:
 
     quantizer: Quantizer
     weight: Tensor
-    bias: Tensor | None
     codes: Tensor | None = None
 
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -113,14 +112,14 @@ def quantizable(model: nn.Module, skip_first_last: bool = False) -> dict[str, nn
     return layers
 
 
-def layer_bits(names: list[str], overrides: Mapping[str, int]) -> dict[str, int]:
+def layer_bits(names: list[str], overrides: Mapping[str, int] | None) -> dict[str, int]:
     """Bit widths by layer name, of the patterns (`classifier`, `features.1?.*`) in `stage.layer_bits`; the last wins.
 
     Raises:
         UserError: a pattern fits no layer, or a width is impossible.
     """
     found: dict[str, int] = {}
-    for pattern, bits in overrides.items():
+    for pattern, bits in (overrides or {}).items():
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 32:
             raise UserError(f"stage.layer_bits.{pattern}={bits!r}: bits are 1 to 32")
         fitting = [name for name in names if fnmatchcase(name, pattern)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import UserError
-from r2.kernels import flat, fused, matching, unflat
+from r2.kernels import argmax_abs, flat, fused, matching, unflat
 from r2.quantizers.layers import Quantizer, output_ratio
 
 
@@ -81,35 +81,34 @@ class _DoReFa(torch.autograd.Function):
         ctx.bits = bits
         if bits == 1:
             return unflat(torch.where(values >= 0, 1.0, -1.0).to(w.dtype) * values.abs().mean(), w)
-        largest = values.abs().amax().tanh()  # tanh is monotone: one pass less
+        top = argmax_abs(values)
+        largest = values[top].abs().tanh().squeeze()
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-        ctx.save_for_backward(w, largest)
         levels = torch.full((), 2.0**bits - 1, dtype=w.dtype, device=w.device)
         kernel = _dorefa if w.numel() >= 4096 and w.dtype != torch.float64 else _dorefa.plain
-        return unflat(kernel(values, largest, levels), w)
+        quantized, t = kernel(values, largest, levels)
+        ctx.save_for_backward(w, t, top, largest)
+        return unflat(quantized, w)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if ctx.bits == 1:
             return grad, None
-        w, largest = ctx.saved_tensors
-        values, grads = flat(w), flat(matching(grad, w))
+        w, t, top, largest = ctx.saved_tensors
         kernel = _dorefa_gradient if w.numel() >= 4096 and w.dtype != torch.float64 else _dorefa_gradient.plain
-        gw, total = kernel(values, grads, largest)
-        top = values.abs().argmax()
-        t = values[top].tanh()
-        gw[top] -= t.sign() * total / largest**2 * (1 - t * t)
+        gw, total = kernel(t, flat(matching(grad, w)), largest)
+        gw[top] -= t[top].sign() * total / largest**2 * (1 - t[top] ** 2)
         return unflat(gw, w), None
 
 
 @fused
-def _dorefa(w: Tensor, largest: Tensor, levels: Tensor) -> Tensor:
-    return 2 * (torch.round((torch.tanh(w) / (2 * largest) + 0.5) * levels) / levels) - 1
+def _dorefa(w: Tensor, largest: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    t = torch.tanh(w)
+    return 2 * (torch.round((t / (2 * largest) + 0.5) * levels) / levels) - 1, t
 
 
 @fused
-def _dorefa_gradient(w: Tensor, grad: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    t = torch.tanh(w)
+def _dorefa_gradient(t: Tensor, grad: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     return grad / largest * (1 - t * t), (grad * t).sum()
 
 

@@ -7,22 +7,16 @@ from torch import nn
 from r2.data.batches import Data
 from r2.recipe import Recipe
 from r2.regularizers import Regularizer
+from r2.stages.stage import Stage
 from r2.store import Run
 from r2.train import evaluate
 
 
 @dataclass(frozen=True)
-class FP32:
+class FP32(Stage):
     """No compression."""
-
-    from_scratch = False
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
     ) -> tuple[nn.Module, dict]:
-        """Returns the model and its record: `metrics` and `seconds`."""
         return model, {"metrics": evaluate(model, data, run.world, recipe), "epochs": 0, "seconds": {}}
-
-    def axes(self) -> dict:
-        """The columns that tell this stage's records apart."""
-        return {"weight_bits": None, "act_bits": None, "quantized_layers": None}

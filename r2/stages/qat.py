@@ -4,7 +4,7 @@ last part), PACT from scratch with it (section 4.2.2).
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,14 +25,15 @@ from r2.quantizers.layers import (
     signal_to_noise,
     swap,
 )
-from r2.recipe import Recipe, sgd
+from r2.recipe import Recipe, finetuning, sgd
 from r2.regularizers import Regularizer
+from r2.stages.stage import Stage
 from r2.store import Run
 from r2.train import evaluate, train
 
 
 @dataclass(frozen=True, kw_only=True)
-class QAT:
+class QAT(Stage):
     """Swap the layers, initialise the quantizers from one batch, train.
 
     Args:
@@ -46,7 +47,7 @@ class QAT:
     weight_bits: Bits
     act_bits: Bits
     input_bits: Bits | None
-    layer_bits: dict[str, Bits]
+    layer_bits: dict[str, Bits] | None
     skip_first_last: bool
     batchnorm: Literal["train", "freeze"]
     epochs: Count
@@ -54,13 +55,6 @@ class QAT:
     lr: Positive
     quantizer_lr: Positive
     weight_decay: NonNegative
-
-    from_scratch = False
-
-    def axes(self) -> dict:
-        """The columns that tell this stage's records apart."""
-        layers = "excl_first_last" if self.skip_first_last else "all"
-        return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "quantized_layers": layers}
 
     def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
         """A new quantizer of one layer."""
@@ -82,10 +76,9 @@ class QAT:
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
     ) -> tuple[nn.Module, dict]:
-        """Returns the quantized model and its record: `metrics`, `initial` (before training) and `seconds`."""
         name = type(self).__name__.lower()
         if not self.from_scratch:
-            recipe = self._finetuning(recipe)
+            recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay)
         if recipe.sync_bn:
             model = sync_batchnorm(model, run.world)
         began = time.monotonic()
@@ -111,7 +104,7 @@ class QAT:
             self.optimizers(model, quantizer_parameters(layers), recipe, regularizer if self.from_scratch else None),
             regularizer if self.from_scratch else None,
             before_epoch=self.before_epoch(model, layers, data, run),
-            frozen=(lambda: _freeze_batchnorm(model)) if self.batchnorm == "freeze" else None,
+            batchnorm=self.batchnorm,
         )
         return model, {
             "metrics": evaluate(model, data, run.world, recipe),
@@ -121,24 +114,6 @@ class QAT:
             "images_per_second": done["images_per_second"],
             "seconds": {"calibrate": round(calibrated - began, 2), name: done["seconds"]},
         }
-
-    def _finetuning(self, recipe: Recipe) -> Recipe:
-        return replace(
-            recipe,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            nesterov=False,
-            warmup_epochs=0.0,
-            label_smoothing=0.0,
-        )
-
-
-def _freeze_batchnorm(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +159,7 @@ class LSQ(QAT):
     """Steps are trained by the weights' SGD, at `quantizer_lr` and without weight decay."""
 
     def __post_init__(self) -> None:
-        for bits in (self.weight_bits, *self.layer_bits.values()):
+        for bits in (self.weight_bits, *(self.layer_bits or {}).values()):
             lsq.bounds(bits, signed=True)
 
     def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:

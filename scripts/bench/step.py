@@ -2,21 +2,34 @@
 
 python scripts/bench/step.py [--batch 32] [--size 64] [--rounds 12] [--model resnet18]
 
-Every round times each variant once, in turn, so a busy moment hits all of them; the minimum over rounds is printed.
+Every round times each variant once, in turn, so a busy moment hits all of them; the minimum over rounds
+is printed. "r2 loop" is r2.train with all its checks and
+metrics, against the bare model, loss, backward and optimizer step on the same tensors.
 """
 
 import argparse
+import contextlib
 import copy
+import io
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from r2 import models, regularizers
+from r2.data.batches import Data
+from r2.dist import World
 from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, quantizable, quantizer_parameters, swap
+from r2.quantizers.lsq import LSQ
+from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, sgd
+from r2.store import Run
+from r2.train import train
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--batch", type=int, default=32)
@@ -51,27 +64,66 @@ def gradients_alone(reg) -> Callable[[], None]:
     return lambda: reg.add_gradients()
 
 
+def quantized_step(kind) -> Callable[[], None]:
+    model = copy.deepcopy(original)
+    layers = quantizable(model)
+    swap(layers, lambda name: kind(2, 2))
+    calibrate(model, layers, images)
+    scales = quantizer_parameters(layers)
+    return training_step(model, [sgd(model, recipe, apart=scales), torch.optim.Adam(scales, 1e-5)])
+
+
+class OneBatch(Data):
+    """The same tensors at every step; one image to validate."""
+
+    num_classes, val_images = 1000, 1
+
+    def __init__(self, steps: int):
+        self.train_images = arguments.batch * steps
+
+    def train(self, batch_size, seed, epoch, start=0):
+        return ((images, labels) for _ in range(self.train_images // batch_size))
+
+    def val(self, batch_size):
+        return iter([(images[:1], labels[:1])])
+
+
+def whole_loop(steps: int) -> None:
+    """r2's training loop: metrics, checks, progress, curve; one evaluation and one checkpoint at the end."""
+    model = copy.deepcopy(original)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run = Run(Path(folder), "bench", World(device=device), 0, 1e9, lambda row: None)
+        train(model, OneBatch(steps).to(run.world), recipe, run, "bench", [sgd(model, recipe)])
+
+
+def bare_loop(steps: int) -> None:
+    model = copy.deepcopy(original)
+    step = training_step(model, [sgd(model, recipe)])
+    for _ in range(steps):
+        step()
+
+
+REGULARIZERS = (regularizers.LInf, regularizers.Margin, regularizers.Kurtosis, regularizers.SoftMinMax)
 variants: dict[str, Callable[[], None]] = {}
 bare = copy.deepcopy(original)
 variants["fp32"] = training_step(bare, [sgd(bare, recipe)])
 F.cross_entropy(bare(images), labels).backward()
-for kind in (regularizers.LInf, regularizers.Margin, regularizers.Kurtosis, regularizers.SoftMinMax):
+for kind in REGULARIZERS:
     variants[kind.__name__] = gradients_alone(kind(bare))
-quantized = copy.deepcopy(original)
-layers = quantizable(quantized)
-swap(layers, lambda name: EWGS(2, 2, 1e-3))
-calibrate(quantized, layers, images)
-scales = quantizer_parameters(layers)
-known = {id(p) for p in scales}
-weights = torch.optim.SGD([p for p in quantized.parameters() if id(p) not in known], 1e-4, momentum=0.9)
-variants["EWGS W2A2"] = training_step(quantized, [weights, torch.optim.Adam(scales, 1e-5)])
+for kind in (EWGS, LSQ, PACT):
+    variants[f"{kind.__name__} W2A2"] = quantized_step(kind)
+LOOPS = {
+    f"{name} loop {n}": partial(loop, n) for name, loop in [("r2", whole_loop), ("bare", bare_loop)] for n in (5, 15)
+}
+variants |= LOOPS
 
 best = dict.fromkeys(variants, float("inf"))
 for round_ in range(arguments.rounds + 2):
     for name, variant in variants.items():
-        if name in ("LInf", "Margin", "Kurtosis", "SoftMinMax"):
-            for p in bare.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if name in LOOPS and round_ % 3:  # long: every third round
+            continue
+        for p in bare.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -82,11 +134,14 @@ for round_ in range(arguments.rounds + 2):
             best[name] = min(best[name], time.perf_counter() - began)
 
 base = best.pop("fp32")
+long_minus_short = {k: best.pop(f"{k} loop 15") - best.pop(f"{k} loop 5") for k in ("r2", "bare")}  # 10 steps
 print(
     f"{arguments.model}, batch {arguments.batch} at {arguments.size}x{arguments.size}, {device.type}, "
     f"{torch.get_num_threads()} threads, torch {torch.__version__}"
 )
-print(f"fp32 step                 {1e3 * base:8.1f} ms")
+print(f"fp32 step           {1e3 * base:13.1f} ms")
 for name, seconds in best.items():
-    kind = "of the fp32 step" if name == "EWGS W2A2" else "added to the fp32 step (loss and gradient)"
+    kind = "of the fp32 step" if "W2A2" in name else "added to the fp32 step (loss and gradient)"
     print(f"{name:<20}{1e3 * seconds:13.1f} ms = {100 * seconds / base:6.1f} % {kind}")
+ratio = long_minus_short["r2"] / long_minus_short["bare"]
+print(f"r2's loop           {100 * long_minus_short['r2']:13.1f} ms = {100 * ratio:6.1f} % of a bare loop, per step")

@@ -1,0 +1,87 @@
+"""DKM (Cho et al. 2021): fine-tune through soft clustering of the weights, then assign each to its centroid."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from r2.config import Bits, Count, NonNegative, Positive, UserError
+from r2.data.batches import Data
+from r2.dist import sync_batchnorm
+from r2.palettize import Palette
+from r2.quantizers.layers import compressed, layer_bits, quantizable, signal_to_noise, swap
+from r2.recipe import Recipe, finetuning, sgd
+from r2.regularizers import Regularizer
+from r2.stages.stage import Stage
+from r2.store import Run
+from r2.train import evaluate, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class DKM(Stage):
+    """Every layer's weights become 2^bits centroids of `dim` numbers: bits / dim bits per weight.
+
+    Args:
+        temperature: of the softmax over negative squared distances; with temperature_mode 'relative' it is a multiple
+            of the variance of the layer's weights, so that a layer of smaller weights is not clustered more softly.
+        iterations, tolerance: of k-means within one step; it starts from the centroids of the step before.
+    """
+
+    bits: Bits
+    dim: Count
+    weight_bits: Bits
+    layer_bits: dict[str, Bits] | None
+    skip_first_last: bool
+    temperature: Positive
+    temperature_mode: Literal["absolute", "relative"]
+    iterations: Count
+    tolerance: NonNegative
+    batchnorm: Literal["train", "freeze"]
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    weight_decay: NonNegative
+
+    def __post_init__(self) -> None:
+        for bits in (self.weight_bits, *(self.layer_bits or {}).values()):
+            if bits > 8:
+                raise UserError(f"stage.bits={bits}: dkm stores an index of at most 8 bits per vector")
+
+    def __call__(
+        self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
+    ) -> tuple[nn.Module, dict]:
+        recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay)
+        if recipe.sync_bn:
+            model = sync_batchnorm(model, run.world)
+        began = time.monotonic()
+        self.cluster(model, run.seed)
+        initial = evaluate(model, data, run.world, recipe)
+        clustered = time.monotonic()
+        done = train(model, data, recipe, run, "dkm", [sgd(model, recipe)], batchnorm=self.batchnorm)
+        images, _ = next(data.calibration(self.batch_size, run.seed))
+        left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
+        return model, {
+            "metrics": evaluate(model, data, run.world, recipe),
+            "initial": initial,
+            "sqnr_db": signal_to_noise(model, images),
+            "left_out_weights": left_out,
+            "epochs": self.epochs,
+            "images_per_second": done["images_per_second"],
+            "seconds": {"cluster": round(clustered - began, 2), "dkm": done["seconds"]},
+        }
+
+    def cluster(self, model: nn.Module, seed: int) -> None:
+        """Give every layer its first centroids."""
+        layers = quantizable(model, self.skip_first_last)
+        overrides = layer_bits(list(layers), self.layer_bits)
+        relative = self.temperature_mode == "relative"
+
+        def palette(name: str) -> Palette:
+            bits = overrides.get(name, self.weight_bits)
+            return Palette(bits, self.dim, self.temperature, relative, self.iterations, self.tolerance)
+
+        swap(layers, palette)
+        for layer in compressed(model).values():
+            layer.quantizer.initialise(torch.empty(0), layer.weight, layer.operation, seed=seed)

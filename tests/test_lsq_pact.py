@@ -1,0 +1,169 @@
+"""LSQ, PACT and DoReFa against their formulas, element by element in float64 (numpy)."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from r2.config import UserError
+from r2.models import mobilenet_v1
+from r2.quantizers import lsq, pact
+from r2.quantizers.ewgs import EWGS
+from r2.quantizers.layers import calibrate, layer_bits, quantizable, signal_to_noise, swap
+
+DTYPES = [(torch.float64, 1e-10), (torch.float32, 2e-4)]
+SHAPES = [(6, 7), (3, 16, 12, 12)]
+
+
+def tensors(x, grad, dtype, *scalars):
+    leaf = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in (x, *scalars)]
+    return leaf, torch.tensor(grad, dtype=dtype)
+
+
+def samples(shape, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(0, scale, shape).astype(np.float32).astype(np.float64) for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits, signed", [(1, False), (2, True), (2, False), (4, True), (8, True), (8, False)])
+def test_lsq(bits, signed, shape, dtype, tolerance):
+    low, high = lsq.bounds(bits, signed)
+    x, g = samples(shape, bits)
+    step = 0.25
+    x.flat[:3] = [high * step, low * step, (high + 0.4) * step]  # the closed interval, and rounding does not widen it
+    z = x / step
+    inside = (z >= low) & (z <= high)
+    slope = np.where(inside, np.rint(z) - z, np.where(z < low, low, high))
+    expected = np.rint(np.clip(z, low, high)) * step
+    (t, s), grad = tensors(x, g, dtype, step)
+    y = lsq.quantize(t, s, low, high)
+    y.backward(grad)
+    np.testing.assert_allclose(y.detach().numpy(), expected, atol=tolerance)
+    np.testing.assert_allclose(t.grad.numpy(), np.where(inside, g, 0), atol=tolerance)
+    np.testing.assert_allclose(s.grad.item(), (g * slope).sum() / np.sqrt(x.size * high), rtol=tolerance * 10)
+
+
+def test_lsq_at_one_bit_signed_is_refused_with_the_reason():
+    with pytest.raises(UserError, match="1 bit signed is not defined"):
+        lsq.LSQ(1, 2)
+    with pytest.raises(ValueError, match="quant_max"):
+        lsq.quantize(torch.zeros(3), torch.tensor(1.0), -1, 0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("signed", [False, True])
+def test_pact_activation(bits, signed, shape, dtype, tolerance):
+    if signed and bits == 1:
+        with pytest.raises(ValueError, match="between 2"):
+            pact.quantize_activation(torch.zeros(2), torch.tensor(1.0), 1, signed=True)
+        return
+    x, g = samples(shape, bits)
+    alpha = 0.75
+    low, levels = (-alpha, 2.0 ** (bits - 1) - 1) if signed else (0.0, 2.0**bits - 1)
+    x.flat[:4] = [alpha, low, 2.0, -2.0]
+    expected = np.rint(np.clip(x, low, alpha) * levels / alpha) * alpha / levels
+    gx = np.where((x >= low) & (x <= alpha), g, 0)
+    ga = g[x >= alpha].sum() - (g[x <= low].sum() if signed else 0)
+    (t, a), grad = tensors(x, g, dtype, alpha)
+    y = pact.quantize_activation(t, a, bits, signed)
+    y.backward(grad)
+    np.testing.assert_allclose(y.detach().numpy(), expected, atol=tolerance)
+    np.testing.assert_allclose(t.grad.numpy(), gx, atol=tolerance)
+    np.testing.assert_allclose(a.grad.item(), ga, atol=tolerance * 100)
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dorefa_weight(bits, shape, channels_last, dtype, tolerance):
+    w, g = samples(shape, bits, 0.5)
+    t = np.tanh(w)
+    m, n = np.abs(t).max(), 2.0**bits - 1
+    if bits == 1:
+        expected, gw = np.where(w >= 0, 1, -1) * np.abs(w).mean(), g
+    else:
+        expected = 2 * (np.rint((t / (2 * m) + 0.5) * n) / n) - 1
+        top = np.zeros_like(w)
+        top.flat[np.abs(t).argmax()] = 1
+        gw = (g / m - top * np.sign(t) * (g * t).sum() / m**2) * (1 - t * t)
+    (leaf,), grad = tensors(w, g, dtype)
+    x = leaf.to(memory_format=torch.channels_last) if channels_last and leaf.ndim == 4 else leaf
+    y = pact.quantize_weight(x, bits)
+    y.backward(grad)
+    close = np.isclose(y.detach().numpy(), expected, atol=tolerance)  # float32 may round across a boundary
+    assert close.mean() > (0.999 if dtype == torch.float32 else 0.99999)
+    np.testing.assert_allclose(leaf.grad.numpy(), gw, rtol=1e-3, atol=tolerance)
+
+
+def test_dorefa_at_32_bits_is_the_weight():
+    w = torch.randn(5)
+    assert pact.quantize_weight(w, 32) is w
+    with pytest.raises(ValueError, match="bits"):
+        pact.quantize_weight(w, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=60), st.sampled_from([2, 3, 4, 8]))
+def test_levels_monotone_and_idempotent(values, bits):
+    x = torch.tensor(sorted(values), dtype=torch.float64)
+    step, alpha = torch.tensor(0.3, dtype=torch.float64), torch.tensor(1.5, dtype=torch.float64)
+    for quantizer in (
+        lambda v: lsq.quantize(v, step, *lsq.bounds(bits, True)),
+        lambda v: pact.quantize_activation(v, alpha, bits),
+        lambda v: pact.quantize_activation(v, alpha, bits, signed=True),
+    ):
+        y = quantizer(x)
+        assert len(y.unique()) <= 2**bits and (y.diff() >= 0).all()
+        torch.testing.assert_close(quantizer(y), y)
+        assert quantizer(torch.zeros(1, dtype=torch.float64)) == 0  # zero padding stays zero
+    if (x != 0).any():
+        assert len(pact.quantize_weight(x, bits).unique()) <= 2**bits
+
+
+@pytest.mark.parametrize("kind", [lsq.LSQ, pact.PACT, EWGS])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_codes_give_the_weight_back_bit_for_bit(kind, bits):
+    if kind is lsq.LSQ and bits == 1:
+        return
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 8, 10, 10)
+    layers = quantizable(conv)
+    swap(layers, lambda name: kind(bits, 8))
+    calibrate(conv, layers, x)
+    codes = conv.quantizer.encode(conv.weight)
+    assert codes.min() >= 0 and codes.max() < 2**bits and codes.shape == (conv.weight.numel(),)
+    with torch.no_grad():
+        assert torch.equal(conv.quantizer.decode(codes, conv.weight), conv.quantizer.weight(conv.weight))
+
+
+@pytest.mark.parametrize("kind", [lsq.LSQ, pact.PACT, EWGS])
+def test_signal_to_noise_grows_with_bits(kind):
+    torch.manual_seed(0)
+    found = []
+    for bits in (2, 4, 8):
+        model = mobilenet_v1(10, 0.25)
+        layers = quantizable(model)
+        swap(layers, lambda name, bits=bits: kind(bits, 8))
+        images = torch.randn(8, 3, 32, 32)
+        calibrate(model, layers, images)
+        ratio = signal_to_noise(model, images)
+        assert set(ratio) == set(layers)
+        found.append(sum(ratio.values()) / len(ratio))
+    assert found[0] < found[1] < found[2]
+
+
+def test_bits_by_layer_pattern():
+    names = ["conv1", "features.0", "features.1", "classifier"]
+    assert layer_bits(names, {"features.*": 4, "features.1": 8}) == {"features.0": 4, "features.1": 8}
+    with pytest.raises(UserError, match="no layer fits 'fc'"):
+        layer_bits(names, {"fc": 8})
+    with pytest.raises(UserError, match="1 to 32"):
+        layer_bits(names, {"conv1": 0})
