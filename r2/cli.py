@@ -68,6 +68,8 @@ def main(program: str) -> None:
     from yaml import YAMLError
 
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
+    if sweep:  # Hydra knows the flag only in front of the keys
+        sys.argv[1:] = ["-m", *[a for a in sys.argv[1:] if a not in ("-m", "--multirun")]]
     try:
         hydra.main(config_path=CONFIGS, config_name="config", version_base="1.3")(_job)()
     except UserError:

@@ -62,6 +62,7 @@ def summary(record: dict, directory: Path) -> None:
         ("full precision", f"{record['fp32']['top1']:.2f} %" if record["fp32"] else "trained from scratch"),
         ("weights", f"largest {record['weights_summary']['max_abs']:.3f}, "
                     f"mean kurtosis {record['weights_summary']['kurtosis']:.2f} after pretraining"),
+        ("file", f"{record['size']['file_mib']:.3f} MiB, {record['size']['bits_per_weight'] or 32:g} bits per weight"),
         ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in record["seconds"].items())),
         ("record", directory / "record.json"),
     ]  # fmt: skip

@@ -87,6 +87,10 @@ def commit() -> str | None:
         return None
 
 
+def _mib(path: Path) -> float | None:
+    return round(path.stat().st_size / 2**20, 4) if path.exists() else None
+
+
 def finite(value: Any) -> Any:
     """JSON has no NaN: None stands for it."""
     if isinstance(value, dict):
@@ -125,6 +129,7 @@ def run_name(axes: dict) -> str:
     """Readable and unique up to the hash: digits_mbv1-0.25_margin_ewgs_w2a2_s0."""
     bits = f"_w{axes['weight_bits']}" if axes.get("weight_bits") else ""
     bits += f"a{axes['act_bits']}" if axes.get("act_bits") else ""
+    bits += f"d{axes['dim']}" if axes.get("dim") else ""
     return f"{axes['data']}_{axes['model']}_{axes['reg']}_{axes['stage']}{bits}_s{axes['seed']}"
 
 
@@ -139,6 +144,7 @@ def make(
     world: Any,
 ) -> dict:
     """Gather a run's record; `result` is what its stage returned."""
+    from r2.pack import size
     from r2.regularizers import describe
     from r2.store import digest
 
@@ -150,7 +156,9 @@ def make(
             "metrics": result["metrics"],
             "fp32": pretrained["metrics"],
             "initial": result.get("initial"),
+            "size": {**size(model), "file_mib": _mib(directory / "model.safetensors")},
             "sqnr_db": result.get("sqnr_db"),
+            "details": result.get("details"),
             "epochs": {
                 "pretrain": config["recipe"]["epochs"] if pretrained["metrics"] else 0,
                 "stage": result["epochs"],

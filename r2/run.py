@@ -25,7 +25,7 @@ def experiment(config: dict, world: "World") -> dict:
     """The whole experiment on one rank; returns the record."""
     import torch
 
-    from r2 import console, record, store
+    from r2 import console, pack, record, store
     from r2.pretrain import pretrain, untrained
     from r2.trackers import Tracker
 
@@ -52,6 +52,8 @@ def experiment(config: dict, world: "World") -> dict:
             start = untrained if stage.from_scratch else pretrain
             model, pretrained = start(config, data, recipe, world, tracker)
             model, result = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
+            if world.main:
+                pack.save(model, directory / "model.safetensors")
             found = record.make(config, axes, directory, pretrained, model, result, data, world)
             run.finish(model, found)
             tracker.close()

@@ -66,7 +66,7 @@ class DKM(Stage):
             "metrics": evaluate(model, data, run.world, recipe),
             "initial": initial,
             "sqnr_db": signal_to_noise(model, images),
-            "left_out_weights": left_out,
+            "details": {"left_out_weights": left_out},
             "epochs": self.epochs,
             "images_per_second": done["images_per_second"],
             "seconds": {"cluster": round(clustered - began, 2), "dkm": done["seconds"]},

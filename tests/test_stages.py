@@ -1,0 +1,77 @@
+"""Every stage through the real command line on made-up data: records, files, sizes."""
+
+import json
+
+import pytest
+import torch
+from conftest import SMALL
+
+from r2 import pack
+
+STAGES = {"fp32": 32, "ewgs": 2, "lsq": 2, "pact": 2, "dkm": 2, "none": 4, "dfq": 4, "adaround": 4}
+
+
+def records(out):
+    return {r["axes"]["stage"]: (p.parent, r) for p in out.glob("*/record.json") for r in [json.loads(p.read_text())]}
+
+
+def check(folder, record, layers):
+    """The file is there, as large as counted, and holds the model whose accuracy the record states."""
+    stage, bits = record["axes"]["stage"], STAGES[record["axes"]["stage"]]
+    file = folder / "model.safetensors"
+    size = record["size"]
+    assert size["bits_per_weight_all"] == pytest.approx(bits, rel=0.03)
+    assert size["mib"] <= size["file_mib"] < size["mib"] + 0.03
+    assert file.stat().st_size / 2**20 == pytest.approx(size["file_mib"], abs=1e-4)
+    if stage != "fp32":
+        assert len(record["sqnr_db"]) == layers and record["initial"]["images"] == record["metrics"]["images"]
+    with torch.no_grad():
+        assert torch.isfinite(pack.load(file)(torch.randn(2, 3, 32, 32))).all()
+
+
+def test_qat_and_dkm_leave_a_record_and_a_file(r2):
+    done = r2("-m", *SMALL, "model=mbv1", "stage=fp32,ewgs,lsq,pact,dkm", "reg=margin")
+    assert done.returncode == 0, done.stderr
+    found = records(r2.out)
+    assert set(found) == {"fp32", "ewgs", "lsq", "pact", "dkm"}
+    for folder, record in found.values():
+        check(folder, record, 28)
+    assert found["pact"][1]["fp32"] is None and found["pact"][1]["epochs"]["pretrain"] == 0  # from scratch
+    assert len(list(r2.out.glob("pretrained/*/model.pt"))) == 1
+
+
+@pytest.mark.slow
+def test_every_stage_from_three_pretrainings(r2):
+    done = r2("-m", *SMALL, "model=rn18,mbv1,mbv2", f"stage={','.join(STAGES)}", timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(r2.out.glob("*/record.json"))) == 3 * len(STAGES)
+    assert len(list(r2.out.glob("pretrained/*/model.pt"))) == 3
+    layers = {"resnet18": 21, "mbv1-0.25": 28, "mbv2-0.25": 53, "rn18-0.25": 21}
+    for path in r2.out.glob("*/record.json"):
+        record = json.loads(path.read_text())
+        check(path.parent, record, layers[record["axes"]["model"]])
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["stage=lsq", "stage.bits=1"], "1 bit signed is not defined"),
+        (["stage=dkm", "stage.bits=9"], "at most 8 bits"),
+        (["stage=ewgs", "stage.layer_bits={fc: 8}"], "no layer fits 'fc'"),
+        (["stage=ewgs", "stage.layer_bits={classifier: 80}"], "less than or equal to 32"),
+    ],
+)
+def test_what_a_method_cannot_do_is_said_before_training(r2, arguments, expected):
+    done = r2(*SMALL, "model=mbv1", *arguments)
+    assert done.returncode == 2 and expected in done.stderr, done.stderr
+    assert not list(r2.out.glob("pretrained/*"))
+
+
+def test_left_out_layers_and_bits_by_pattern(r2):
+    done = r2(*SMALL, "model=mbv1", "stage=lsq", "stage.skip_first_last=true", "stage.layer_bits={features.1.*: 8}")
+    assert done.returncode == 0, done.stderr
+    ((folder, record),) = records(r2.out).values()
+    assert record["axes"]["quantized_layers"] == "excl_first_last"
+    layers = pack.compressed(pack.load(folder / "model.safetensors"))
+    assert len(layers) == 26 and layers["features.1.0"].quantizer.weight_bits == 8
+    assert {layer.quantizer.weight_bits for layer in layers.values()} == {2, 8}
