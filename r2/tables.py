@@ -35,12 +35,15 @@ def full_protocol(record: dict) -> bool:
 
 
 def paper_values() -> dict[tuple, float]:
-    """(model, reg, stage, weight bits, activation bits) to the paper's top-1 in percent."""
+    """(model, reg, stage, weight bits, activation bits, dim, layers) to the paper's top-1 in percent."""
     values = {}
-    for path in sorted(PAPER.glob("table[234].csv")):
+    for path in (PAPER / name for name in ("table1_accuracy.csv", *(f"table{n}.csv" for n in range(2, 7)))):
         for row in csv.DictReader(path.read_text().splitlines()):
-            weight, act = (int(row[k]) if row[k] else None for k in ("weight_bits", "activation_bits"))
-            values[row["model"], row["reg"], row["stage"], weight, act] = float(row["top1"])
+            row |= {k: row["bits"] for k in ("weight_bits",) if "bits" in row}
+            row |= {"activation_bits": row["bits"]} if row["stage"] == "ewgs" and "bits" in row else {}
+            widths = (int(row[k]) if row.get(k) else None for k in ("weight_bits", "activation_bits", "dim"))
+            layers = row.get("quantized_layers") or ("all" if row["stage"] != "fp32" else None)
+            values[(row["model"], row.get("reg", "l2"), row["stage"], *widths, layers)] = float(row["top1"])
     return values
 
 
@@ -51,19 +54,25 @@ def cells(records: list[dict]) -> dict[tuple, dict[tuple, dict]]:
     for record in records:
         axes, epochs = record["axes"], record["epochs"]["pretrain"]
         table = tables[axes["data"], f"{epochs} epochs", axes["model"]]
-        entries = [("fp32", record["fp32"]["top1"], (None, None))] if record["fp32"] else []
+        entries = [("fp32", record["fp32"]["top1"], ("fp32", None, None, None, None))] if record["fp32"] else []
         if axes["stage"] != "fp32":
-            bits = (axes["weight_bits"], axes["act_bits"])
-            extra = " excl. F&L" if axes["quantized_layers"] == "excl_first_last" else ""
-            label = f"{axes['stage']} W{bits[0]}A{bits[1]} ({record['epochs']['stage']} epochs){extra}"
-            entries.append((label, record["metrics"]["top1"], bits))
-        for label, top1, bits in entries:
+            found = tuple(axes.get(k) for k in ("stage", "weight_bits", "act_bits", "dim", "quantized_layers"))
+            entries.append((stage_label(record), record["metrics"]["top1"], found))
+        for label, top1, found in entries:
             cell = table.setdefault((axes["reg"], label), {"seeds": {}, "paper": None})
             cell["seeds"][axes["seed"]] = top1
-            if full_protocol(record) and "excl" not in label:
-                stage = "fp32" if label == "fp32" else axes["stage"]
-                cell["paper"] = paper.get((axes["model"], axes["reg"], stage, *bits))
+            if full_protocol(record):
+                cell["paper"] = paper.get((axes["model"], axes["reg"], *found))
     return tables
+
+
+def stage_label(record: dict) -> str:
+    """`ewgs W2A2 (10 epochs)`, `dkm 2 bits, dim 1 (10 epochs)`."""
+    axes, epochs = record["axes"], record["epochs"]["stage"]
+    widths = f"{axes['weight_bits']} bits, dim {axes['dim']}" if axes.get("dim") else f"W{axes['weight_bits']}"
+    widths += f"A{axes['act_bits']}" if axes["act_bits"] else ""
+    extra = " excl. F&L" if axes["quantized_layers"] == "excl_first_last" else ""
+    return f"{axes['stage']} {widths}" + (f" ({epochs} epochs)" if epochs else "") + extra
 
 
 def text(cell: dict | None) -> str:

@@ -50,3 +50,13 @@ def test_a_folder_without_records_or_with_others_is_named(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"schema": 0}))
     with pytest.raises(UserError, match="x.json"):
         read_all(tmp_path)
+
+
+def test_every_cell_of_the_paper_has_its_place():
+    values = tables.paper_values()
+    assert len(values) == 1 + 80 + 48 + 28 + 24 + 8 - 16  # full precision stands in two or three of the tables
+    assert values["mbv1-1.0", "l2", "ewgs", 2, 2, None, "excl_first_last"] == 59.10
+    assert values["mbv1-1.0", "l2", "ewgs", 2, 2, None, "all"] == 55.96
+    assert values["mbv1-1.0", "smm", "dkm", 4, None, 4, "all"] == 60.05
+    assert values["resnet18", "margin", "lsq", 2, 2, None, "all"] == 62.25
+    assert values["mbv2-0.25", "margin", "none", 4, 8, None, "all"] == 31.11
