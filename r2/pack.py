@@ -1,0 +1,340 @@
+"""The compressed file: bit-packed weight codes, scales or centroids, and the rest in float32, as one safetensors file.
+
+python -m r2.pack                            # the paper's Table 1, from files that are written and measured
+python -m r2.pack --out results/table1.md
+
+A file holds, per compressed layer, `<layer>.codes` (bits of the codes one after the other, most significant first),
+`<layer>.tail` (what a palette leaves out) and `<layer>.bias`; for every other module with state (BatchNorm, quantizer)
+one vector of its values in state_dict order. The metadata's `r2` is JSON: format, architecture, quantizers, the
+modules that a stage replaced, and a sha256 over all of it.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from r2 import models, store
+from r2.config import UserError
+from r2.palettize import Palette
+from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
+from r2.quantizers.ewgs import EWGS
+from r2.quantizers.layers import Quantizer, calibrate, compressed, quantizable, swap
+from r2.quantizers.lsq import LSQ
+from r2.quantizers.pact import PACT
+
+FORMAT = 1
+_MODELS = {build.__name__: build for build in (models.resnet18, models.mobilenet_v1, models.mobilenet_v2)}
+_METHODS: dict[str, type[Quantizer]] = {
+    method.__name__.lower(): method for method in (EWGS, LSQ, PACT, Affine, Palette)
+}
+_REPLACEMENTS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "ReLU": nn.ReLU}
+_HOOKS = {"input_quantizer": quantize_input, "output_quantizer": quantize_output}
+_WIDEST = 16  # bits of a code; a wider weight is stored as it is
+
+
+def save(model: nn.Module, path: Path | str) -> None:
+    """Write a network of r2.models, compressed or not, atomically.
+
+    Raises:
+        UserError: another network, or the file cannot be written.
+    """
+    tensors, header = _tensors(model), _header(model)
+    header["sha256"] = _digest(header, tensors)
+    store.write(Path(path), serialise(tensors, {"r2": json.dumps(header, separators=(",", ":"))}))
+
+
+def load(path: Path | str) -> nn.Module:
+    """The saved model in evaluation mode on the CPU; its logits are the saved one's, bit for bit.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a packed file of this version.
+    """
+    header, tensors = _read(Path(path))
+    try:
+        model = _build(header)
+        _fill(model, tensors, set(header["channels_last"]))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(f"{path}: its parts do not fit together ({reason})") from None
+    return model.eval()
+
+
+def size(model: nn.Module) -> dict[str, float | int | None]:
+    """What the compressed model takes, counted without the file's header.
+
+    Returns:
+        weights, compressed_weights: conv and linear weights, and those of compressed layers.
+        bits_per_weight: over the compressed layers, None if there is none; bits_per_weight_all: over all layers.
+        float_bytes: kept in float32: biases, BatchNorm, scales, centroids, layers left out. mib: all, in 2^20 bytes.
+    """
+    tensors, layers = _tensors(model), compressed(model)
+    weights = {name: layer.weight.numel() for name, layer in quantizable(model).items()}  # type: ignore[union-attr,operator]
+    parts = {name: [f"{name}.{kind}" for kind in ("codes", "tail", "weight")] for name in weights}
+    bits = {name: sum(8 * tensors[part].nbytes for part in parts[name] if part in tensors) for name in weights}
+    inside = sum(weights[name] for name in layers)
+    return {
+        "weights": sum(weights.values()),
+        "compressed_weights": inside,
+        "bits_per_weight": round(sum(bits[name] for name in layers) / inside, 4) if layers else None,
+        "bits_per_weight_all": round(sum(bits.values()) / sum(weights.values()), 4),
+        "float_bytes": sum(t.nbytes for t in tensors.values() if t.dtype == torch.float32),
+        "mib": round(sum(t.nbytes for t in tensors.values()) / 2**20, 4),
+    }
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes below 2^bits, bits at most 16, to a dense uint8 vector of ceil(n bits / 8)."""
+    wide = codes.cpu().numpy().astype(">u2").view(np.uint8).reshape(-1, 2)
+    return torch.from_numpy(np.packbits(np.unpackbits(wide, axis=1)[:, 16 - bits :]))
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_bits`: `count` codes as int32."""
+    wide = np.zeros((count, 16), np.uint8)
+    wide[:, 16 - bits :] = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
+    return torch.from_numpy(np.packbits(wide, axis=1).view(">u2").ravel().astype(np.int32))
+
+
+@torch.no_grad()
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything the file holds, by name, contiguous on the CPU."""
+    found: dict[str, Tensor] = {}
+    layers = compressed(model)
+    for name, module in model.named_modules():
+        if name in layers:
+            found |= {f"{name}.{part}": tensor for part, tensor in _parts(module).items()}
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            kept = {"bias": module.bias} if name in layers else {"weight": module.weight, "bias": module.bias}
+            found |= {f"{name}.{part}": tensor.data for part, tensor in kept.items() if tensor is not None}
+        elif state := _state(module):
+            found[name] = torch.cat([value.reshape(-1) for value in state.values()])
+    # Copies, because a safetensors file has no shared or transposed storage.
+    return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
+
+
+def _parts(layer: Any) -> dict[str, Tensor]:
+    """A compressed layer's weight in the file: codes and tail, or the weight itself where codes would be too wide."""
+    quantizer, weight = layer.quantizer, layer.weight
+    if quantizer.weight_bits > _WIDEST:
+        return {"weight": _effective(layer)}
+    parts = {
+        "codes": pack_bits(quantizer.encode(weight) if layer.codes is None else layer.codes, quantizer.weight_bits)
+    }
+    _, left_out = _coverage(quantizer, weight)
+    return parts | ({"tail": weight.reshape(-1)[-left_out:]} if left_out else {})
+
+
+def _effective(layer: Any) -> Tensor:
+    """The weight that the layer computes with in evaluation mode."""
+    if layer.codes is not None:
+        return layer.weight
+    training = layer.quantizer.training
+    weight = layer.quantizer.eval().weight(layer.weight)
+    layer.quantizer.train(training)
+    return weight
+
+
+def _coverage(quantizer: Quantizer, weight: Tensor) -> tuple[int, int]:
+    """How many codes a weight has, and how many of its weights, the last ones, stay outside them."""
+    if not isinstance(quantizer, Palette):
+        return weight.numel(), 0
+    left_out = quantizer.tail(weight)
+    return (weight.numel() - left_out) // quantizer.dim, left_out
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own float state, sharing its memory; BatchNorm's counter of batches is left out."""
+    return {k: v for k, v in module.state_dict().items() if "." not in k and v.is_floating_point()}
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    """By its strides: they, not the values, choose a convolution's kernel and so its last bits, even for 1x1."""
+    return tensor.ndim == 4 and tensor.stride() == _formatted(tensor.to("meta"), True).stride()
+
+
+def _formatted(tensor: Tensor, channels_last: bool) -> Tensor:
+    """A copy with exactly the format's strides, which `contiguous` does not give where they are ambiguous."""
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=wanted).copy_(tensor)
+
+
+@torch.no_grad()
+def _header(model: nn.Module) -> dict[str, Any]:
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, dict):
+        raise UserError(f"{type(model).__name__} cannot be packed: only the networks of r2.models can be built again")
+    fresh, layers = dict(_network(architecture).named_modules()), compressed(model)
+    header: dict[str, Any] = {"format": FORMAT, "architecture": architecture, "channels_last": []}
+    groups: dict[str, dict] = {}
+    header["activations"], header["replaced"] = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, Activation):
+            header["activations"][name] = module.bits
+        kind = type(module).__name__
+        if name in fresh and kind in _REPLACEMENTS and type(fresh[name]) is not type(module):
+            header["replaced"].setdefault(kind, []).append(name)
+        if isinstance(module, nn.Conv2d):
+            weight = _effective(module) if name in layers else module.weight
+            header["channels_last"] += [name] if _channels_last(weight) else []
+    for name, layer in layers.items():
+        entry = {"method": type(layer.quantizer).__name__.lower(), "settings": layer.quantizer.settings()}
+        groups.setdefault(json.dumps(entry), {**entry, "layers": []})["layers"].append(name)
+    return {**header, "quantizers": list(groups.values())}
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    text = json.dumps({k: v for k, v in header.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256((text + store.digest(dict(sorted(tensors.items())))).encode()).hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of an undamaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata.get("r2", "null"))
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read as a packed file ({str(error).splitlines()[0][:150]})") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a packed file of this version of r2 (format {FORMAT})")
+    if header.get("sha256") != _digest(header, tensors):
+        raise UserError(f"{path}: is damaged, its contents do not match its sha256; pack the model again")
+    return header, tensors
+
+
+def _network(architecture: dict[str, Any]) -> nn.Module:
+    """The bare network, its tensors without memory."""
+    name = architecture["name"]
+    if name not in _MODELS:
+        raise UserError(f"its network {name!r} is none of {', '.join(_MODELS)}")
+    with torch.device("meta"):
+        return _MODELS[name](architecture["num_classes"], architecture["width_mult"])
+
+
+def _build(header: dict[str, Any]) -> nn.Module:
+    """The network with everything a stage changed in it, its values not yet set."""
+    model = _network(header["architecture"]).to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.zero_()
+    for kind, names in header["replaced"].items():
+        for name in names:
+            model.set_submodule(name, _REPLACEMENTS[kind]())
+    layers = quantizable(model)
+    for group in header["quantizers"]:
+        chosen = {name: layers[name] for name in group["layers"]}
+        swap(chosen, lambda _, group=group: _METHODS[group["method"]](**group["settings"]))  # type: ignore[misc]
+    for name, bits in header["activations"].items():
+        parent, _, side = name.rpartition(".")
+        _HOOKS[side](model.get_submodule(parent), Activation(bits))
+    return model
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str]) -> None:
+    """Set every value of `model`, using up `tensors`."""
+
+    def take(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        tensor = tensors.pop(name)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
+        return tensor
+
+    layers = compressed(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if f"{name}.bias" in tensors or module.bias is not None:  # a folded BatchNorm leaves a bias
+                module.bias = nn.Parameter(take(f"{name}.bias", module.weight.shape[0]))
+            if name not in layers:
+                weight = take(f"{name}.weight", *module.weight.shape)
+                module.weight = nn.Parameter(_formatted(weight, name in channels_last))
+        elif state := _state(module):
+            values = take(name, sum(value.numel() for value in state.values()))
+            for value, part in zip(state.values(), values.split([v.numel() for v in state.values()]), strict=True):
+                value.copy_(part.view_as(value))
+    for name, layer in layers.items():  # their quantizers are set by now
+        quantizer, shape, bits = layer.quantizer, layer.weight.shape, layer.quantizer.weight_bits
+        if bits > _WIDEST:
+            weight, layer.codes = take(f"{name}.weight", *shape), torch.empty(0, dtype=torch.int32)
+        else:
+            like = torch.zeros(shape)
+            count, left_out = _coverage(quantizer, like)
+            if left_out:
+                like.view(-1)[-left_out:] = take(f"{name}.tail", left_out)
+            packed = take(f"{name}.codes", -(-count * bits // 8), dtype=torch.uint8)
+            layer.codes = unpack_bits(packed, bits, count)
+            weight = quantizer.decode(layer.codes, like)
+        layer.weight = nn.Parameter(_formatted(weight, name in channels_last))
+    if tensors:
+        raise ValueError(f"{next(iter(tensors))} belongs to no module")
+
+
+def table1(folder: Path) -> dict[tuple[int, bool], float]:
+    """MobileNet-V1 1.0 for 1000 classes as files in `folder`: (stored bits, all layers?) to MiB (2^20 bytes).
+
+    Untrained, because a size does not depend on the values.
+    """
+    sizes = {}
+    for bits in (32, 8, 4, 2, 1):
+        for everything in (False, True):
+            model = models.mobilenet_v1(1000)
+            if bits < 32:
+                layers = quantizable(model, skip_first_last=not everything)
+                swap(layers, lambda _, bits=bits: EWGS(bits, bits))  # type: ignore[misc]
+                calibrate(model, layers, torch.randn(2, 3, 32, 32))
+            path = folder / f"{bits}-{everything}.safetensors"
+            save(model, path)
+            sizes[bits, everything] = path.stat().st_size / 2**20
+    return sizes
+
+
+def table1_markdown(sizes: dict[tuple[int, bool], float]) -> str:
+    """The paper's rows beside the files of its label's bits and of twice as many."""
+    from r2.tables import PAPER
+
+    lines = [
+        "**Table 1, MobileNet-V1 1.0, 1000 classes: MiB of the file, without first and last layer / all layers**",
+        "",
+        "| label | paper | stored bits = label | stored bits = 2 x label |",
+        "|---|---|---|---|",
+    ]
+    for row in csv.DictReader((PAPER / "table1.csv").read_text().splitlines()):
+        bits = int(row["bits"])
+        ours = [
+            f"{sizes[n, False]:.1f} / {sizes[n, True]:.1f}" if (n, True) in sizes else "-" for n in (bits, 2 * bits)
+        ]
+        lines.append(f"| {bits} | {row['size_mb_excl_first_last']} / {row['size_mb_all']} | {' | '.join(ours)} |")
+    return "\n".join(lines) + (
+        "\n\nThe paper's 4, 2 and 1-bit rows are the sizes of 8, 4 and 2 stored bits: its label is half of what is\n"
+        "stored. Its 32-bit row leaves out BatchNorm's running statistics (0.08 MiB), which every file here holds.\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m r2.pack", description="The paper's Table 1 from real files.")
+    parser.add_argument("--out", type=Path, help="also write it to this Markdown file")
+    parsed = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        text = table1_markdown(table1(Path(folder)))
+    print(text, end="")
+    if parsed.out:
+        try:
+            store.write(parsed.out, text.encode())
+        except UserError as error:
+            print(f"r2: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
