@@ -18,6 +18,7 @@ from torch import Tensor
 
 NATIVE_FROM = 1 << 11  # fewer vectors are quicker through PyTorch than compiling is worth
 GRID_FROM = 1 << 16  # fewer weights than this are always evaluated one by one
+PARALLEL_FROM = 1 << 15  # fewer weights take one thread
 _PIECE = 1 << 12  # as in passes.cpp
 
 
@@ -39,7 +40,7 @@ def alive(count: Tensor, w: Tensor) -> Tensor:
 
 
 class Passes:
-    """The passes over the vectors of one layer (b, d, m), in PyTorch; sums come in float64.
+    """The passes over the vectors of one layer (b, d, m), in PyTorch; sums come in float64 (where there is one).
 
     `back` follows `pull` of the loss's gradient; `gradient` is what the iterations have added up to.
     """
@@ -48,10 +49,11 @@ class Passes:
         self.w, self.temperature = w, temperature
         self.slope = 2 / temperature
         self.k, self.d = centroids.shape
+        self.wide = torch.float32 if w.device.type == "mps" else torch.float64
 
     def attention(self, c: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """(index of a piece, its vectors (d, p), their attention (k, p)) for every piece."""
-        pieces = max(1, (1 << 20 if self.w.device.type == "cpu" else 1 << 24) // self.k)
+        pieces = max(1, (1 << 18 if self.w.device.type == "cpu" else 1 << 24) // self.k)
         for b in range(self.w.shape[0]):
             for i in range(0, self.w.shape[2], pieces):
                 at = (b, slice(None), slice(i, i + pieces))
@@ -67,8 +69,9 @@ class Passes:
         count: Any = 0.0
         total: Any = 0.0
         for _, x, A in self.attention(c):
-            count = count + A.double().sum(1)
-            total = total + (A @ x.t()).double()
+            A = A.to(self.wide)
+            count = count + A.sum(1)
+            total = total + A @ x.t().to(self.wide)
         return count, total
 
     def output(self, c: Tensor, following: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ class Passes:
         self.grad, self.dw = grad, torch.zeros_like(self.w)
         total: Any = 0.0
         for at, _, A in self.attention(c):
-            total = total + (A @ grad[at].t()).double()
+            total = total + (A @ grad[at].t()).to(self.wide)
         return total
 
     def back(self, c: Tensor, final: Tensor, u: Tensor, v: Tensor, wanted: bool, last: bool) -> Tensor | None:
@@ -100,7 +103,7 @@ class Passes:
             z = A * (q - (A * q).sum(0)) * self.slope
             self.dw[at] += u.t() @ A + c.t() @ z
             if wanted:
-                total = total + (z @ x.t() - c * z.sum(1, keepdim=True)).double()
+                total = total + (z @ x.t() - c * z.sum(1, keepdim=True)).to(self.wide)
         return total if wanted else None
 
     def gradient(self) -> Tensor:
@@ -123,7 +126,8 @@ class Native(Passes):
                 converted.append(c_void_p(x.data_ptr()))
             else:
                 converted.append(c_float(x) if isinstance(x, float) else c_void_p(x) if x is None else c_int64(x))  # type: ignore[arg-type]
-        getattr(library, f"r2_{name}")(*converted, c_int64(torch.get_num_threads()))
+        threads = torch.get_num_threads() if self.w.numel() >= PARALLEL_FROM else 1
+        getattr(library, f"r2_{name}")(*converted, c_int64(threads))
 
     def pieces(self, sizes: tuple[int, ...], width: int) -> Tensor:
         count = math.prod(sizes[:-1]) * -(-sizes[-1] // _PIECE)

@@ -1,5 +1,6 @@
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,13 @@ def test_every_cell_of_the_paper_has_its_place():
     assert values["mbv1-1.0", "smm", "dkm", 4, None, 4, "all"] == 60.05
     assert values["resnet18", "margin", "lsq", 2, 2, None, "all"] == 62.25
     assert values["mbv2-0.25", "margin", "none", 4, 8, None, "all"] == 31.11
+
+
+def test_what_is_generated_is_not_stale():
+    """After a change of a record: python -m r2.tables results/records --out results --into README.md"""
+    root = Path(__file__).parents[1]
+    records = read_all(root / "results" / "records")
+    for suffix, render in tables.WRITTEN.items():
+        assert (root / "results" / f"tables.{suffix}").read_text() == render(records), suffix
+    page = (root / "README.md").read_text()
+    assert page == tables.replaced(page, tables.markdown(records))
