@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def initial_centroids(vectors: Tensor, k: int, seed: int = 0) -> Tensor:
 
 
 def _scalar_kmeans(w: Tensor, k: int, groups: int = 1024, iterations: int = 1000) -> Tensor:
-    w = w.sort().values.double()
+    w = torch.from_numpy(np.sort(w.numpy())).double()  # a third of torch.sort's time
     n = len(w)
     centre = w.mean()  # sums about it lose no digits
     w = w - centre

@@ -43,7 +43,8 @@ def paper_values() -> dict[tuple, float]:
             row |= {"activation_bits": row["bits"]} if row["stage"] == "ewgs" and "bits" in row else {}
             widths = (int(row[k]) if row.get(k) else None for k in ("weight_bits", "activation_bits", "dim"))
             layers = row.get("quantized_layers") or ("all" if row["stage"] != "fp32" else None)
-            values[(row["model"], row.get("reg", "l2"), row["stage"], *widths, layers)] = float(row["top1"])
+            key = (row["model"], row.get("reg", "l2"), row["stage"], *widths, layers)
+            values[key] = float(row["top1"])
     return values
 
 
