@@ -13,7 +13,7 @@ from typing import Any
 from r2.config import UserError
 
 SCHEMA = 1
-_PACKAGES = ("torch", "torchvision", "hydra-core", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn")
 
 
 def axes(config: dict, stage: Any) -> dict:

@@ -39,10 +39,12 @@ def small():
 
 
 def trained(model, steps=25, lr=0.02):
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    # Quantizers keep what calibration gave them: EWGS's bounds do not train by plain SGD.
+    weights = [p for name, p in model.named_parameters() if ".quantizer." not in name]
+    optimizer = torch.optim.SGD(weights, lr, momentum=0.9)
     model.train()
     for _, (images, labels) in zip(range(steps), (b for e in range(steps) for b in DATA.train(64, 0, e)), strict=False):
-        optimizer.zero_grad()
+        model.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
     return model.eval()
@@ -107,10 +109,9 @@ def weight_types(graph):
 @pytest.mark.parametrize(
     "method, bits, weights",
     [
-        ("ewgs", 1, TYPES.INT4), ("ewgs", 3, TYPES.INT4), ("ewgs", 4, TYPES.INT8), ("ewgs", 8, TYPES.INT16),
-        ("lsq", 2, TYPES.INT4), ("lsq", 8, TYPES.INT8),
-        ("pact", 2, TYPES.INT4), ("pact", 4, TYPES.INT8),
-        ("affine", 4, TYPES.UINT4), ("affine", 8, TYPES.UINT8), ("affine", 10, TYPES.UINT16),
+        ("ewgs", 1, TYPES.INT4), ("ewgs", 4, TYPES.INT8), ("ewgs", 8, TYPES.INT16),
+        ("lsq", 2, TYPES.INT4), ("lsq", 8, TYPES.INT8), ("pact", 2, TYPES.INT4),
+        ("affine", 4, TYPES.UINT4), ("affine", 10, TYPES.UINT16),
     ],
 )  # fmt: skip
 def test_same_predictions_as_torch(method, bits, weights, tmp_path):
@@ -212,11 +213,11 @@ def test_command_line_errors_are_one_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("build", [mobilenet_v1, mobilenet_v2, resnet18])
 def test_whole_networks(build, method, tmp_path):
     torch.manual_seed(0)
-    model = quantized(trained(build(5, 0.25), 60), method, 8, steps=30)
+    model = quantized(trained(build(5, 0.25), 150), method, 8, steps=80)
     export.to_onnx(model, tmp_path / "model.onnx", next(DATA.val(2))[0])
     graph_of(tmp_path / "model.onnx")
     found = export.check(model, tmp_path / "model.onnx", DATA, World())
-    assert found["torch_top1"] > 25  # the chance is 20
+    assert found["torch_top1"] > 50
     assert found["equal_predictions"] >= 99.9
 
 

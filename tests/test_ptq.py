@@ -199,9 +199,9 @@ def test_model_is_the_simulation_without_aimet(compress, stage, name, settings):
             warnings.simplefilter("ignore")
             assert torch.equal(layer.weight, theirs.param_quantizers["weight"](theirs.weight).as_subclass(torch.Tensor))
         assert torch.equal(layer.quantizer.decode(layer.codes, layer.weight), layer.weight)
-    assert len(compressed(quantized)) == len(done["originals"]) == done["ptq"]["quantizers"]["weights"]
+    assert len(compressed(quantized)) == len(done["originals"]) == done["details"]["quantizers"]["weights"]
     encodings = json.loads((compress.directory / "encodings.json").read_text())
-    assert len(encodings) == sum(done["ptq"]["quantizers"].values())
+    assert len(encodings) == sum(done["details"]["quantizers"].values())
     with pytest.raises(UserError, match="no layer fits 'nothing'"):
         compress(stage, model, layer_bits={"nothing": 4})
 
@@ -291,7 +291,7 @@ def test_dfq_takes_the_shift_of_the_logits_away(compress):
         done, _ = compress(DFQ, model, bias_correction=correction, scheme="min_max")
         with torch.no_grad():
             shifts[correction] = (done["model"](x) - model(x)).mean(0).norm()
-        counts[correction] = done["ptq"].get("corrected_empirically"), done["ptq"].get("corrected_analytically")
+        counts[correction] = done["details"].get("corrected_empirically"), done["details"].get("corrected_analytically")
     assert counts == {"none": (None, None), "empirical": (28, 0), "analytic": (1, 27)}
     assert shifts["empirical"] < 0.15 * shifts["none"] and shifts["analytic"] < 0.8 * shifts["none"]
 

@@ -93,7 +93,7 @@ class PTQ(Stage):
             directory: receives encodings.json and simulation.pt.
 
         Returns:
-            the quantized `model`, its `originals` (float weights by layer name), `seconds`, and in `ptq` what was used.
+            the quantized `model`, its `originals` (float weights by layer name), `seconds`, and in `details` what was used.
         """
         began = time.monotonic()
         with aimet.alone(directory, seed) as (version, scratch):
@@ -115,7 +115,7 @@ class PTQ(Stage):
             "model": quantized,
             "originals": {name: net.get_parameter(f"{name}.weight").detach() for name in bits},
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
-            "ptq": {
+            "details": {
                 "aimet": version,
                 "granularity": self.granularity,
                 "symmetric": self.symmetric,
