@@ -93,7 +93,8 @@ class PTQ(Stage):
             directory: receives encodings.json and simulation.pt.
 
         Returns:
-            the quantized `model`, its `originals` (float weights by layer name), `seconds`, and in `details` what was used.
+            the quantized `model`, its `originals` (float weights by layer name), `seconds`, and `details` of what was
+            used.
         """
         began = time.monotonic()
         with aimet.alone(directory, seed) as (version, scratch):
