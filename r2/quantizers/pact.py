@@ -158,7 +158,8 @@ class PACT(Quantizer):
             self.weight_size.copy_(flat(w).abs().mean())
             return (values >= 0).to(torch.int32)
         levels = 2**self.weight_bits - 1
-        return torch.round((quantize_weight(values, self.weight_bits) + 1) / 2 * levels).to(torch.int32)
+        quantized = quantize_weight(w, self.weight_bits).reshape(-1)  # in memory order, as `weight` computes
+        return torch.round((quantized + 1) / 2 * levels).to(torch.int32)
 
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
         values = codes.to(like.dtype)
