@@ -101,6 +101,9 @@ def launch(function: Callable[[dict, World], Any], config: dict) -> Any:
     Under torchrun or SLURM the process joins that world. Otherwise PyTorch's elastic launcher starts the workers
     and hands them the plain dict, so Hydra composes once.
     """
+    if config["threads"] != "auto":
+        torch.set_num_threads(config["threads"])
+        os.environ["OMP_NUM_THREADS"] = str(config["threads"])  # for processes started from here
     if "TORCHELASTIC_RUN_ID" in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
         return _join(function, config)
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:

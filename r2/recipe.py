@@ -46,7 +46,7 @@ def sgd(
     decay = recipe.weight_decay * (regularizer.decay if regularizer else 1.0)
     groups: list[dict] = [{"params": parameters, "weight_decay": decay}]
     groups += regularizer.param_groups(recipe.lr) if regularizer else []
-    return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.nesterov)
+    return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.nesterov, fused=True)
 
 
 def learning_rate(step: int, total: int, warmup: int) -> float:

@@ -136,7 +136,8 @@ class EWGS(QAT):
     def optimizers(
         self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
     ) -> list[Optimizer]:
-        return [sgd(model, recipe, regularizer, apart=parameters), torch.optim.Adam(parameters, self.quantizer_lr)]
+        adam = torch.optim.Adam(parameters, self.quantizer_lr, fused=True)
+        return [sgd(model, recipe, regularizer, apart=parameters), adam]
 
     def before_epoch(
         self, model: nn.Module, layers: dict[str, nn.Module], data: Data, run: Run

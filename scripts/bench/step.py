@@ -70,7 +70,7 @@ def quantized_step(kind) -> Callable[[], None]:
     swap(layers, lambda name: kind(2, 2))
     calibrate(model, layers, images)
     scales = quantizer_parameters(layers)
-    return training_step(model, [sgd(model, recipe, apart=scales), torch.optim.Adam(scales, 1e-5)])
+    return training_step(model, [sgd(model, recipe, apart=scales), torch.optim.Adam(scales, 1e-5, fused=True)])
 
 
 class OneBatch(Data):
