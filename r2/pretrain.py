@@ -1,5 +1,7 @@
 """The pretrained checkpoint of (data, model, regularizer, recipe, seed): loaded if finished, resumed if half done."""
 
+import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,7 +49,9 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
         initial = describe(model)
         regularizer = build(config["reg"], model).to(world.device)
         optimizer = sgd(model, recipe, regularizer)
-        done = train(model, data, recipe, run, "pretrain", [optimizer], regularizer)
+        note_weights = _weights_curve(model, run)
+        done = train(model, data, recipe, run, "pretrain", [optimizer], regularizer, before_epoch=note_weights)
+        note_weights(recipe.epochs)
         metrics = evaluate(model, data, world, recipe)
         info = {
             "metrics": metrics,
@@ -63,6 +67,21 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             store.remove(run.checkpoint("pretrain"), run.checkpoint("pretrain").with_suffix(".previous"))
         world.barrier()
     return model.eval(), {**info, "directory": str(directory)}
+
+
+def _weights_curve(model: nn.Module, run: Run) -> Callable[[int], None]:
+    """curve-weights.csv: range and kurtosis of every layer at the start of each epoch, and at the end."""
+    path = run.directory / "curve-weights.csv"
+
+    def note(epoch: int) -> None:
+        if not run.world.main:
+            return
+        before = csv.DictReader(path.read_text().splitlines()) if path.exists() else ()
+        rows: list[dict] = [row for row in before if int(row["epoch"]) < epoch]  # a resumed run may come here again
+        rows += [{"epoch": epoch, "layer": name, **layer} for name, layer in describe(model).items()]
+        run.write_curve("weights", rows)
+
+    return note
 
 
 def untrained(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, dict]:
