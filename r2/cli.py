@@ -1,5 +1,6 @@
 """The command line: Hydra composes, `check` refuses, every mistake is one line. Imports no torch."""
 
+import functools
 import importlib
 import os
 import sys
@@ -13,9 +14,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from r2.config import GROUPS, UserError, check, check_targets, unknown_key
 
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 _here = Path(__file__).parent
 CONFIGS = str(_here / "configs" if (_here / "configs").is_dir() else _here.parent / "configs")
 
@@ -31,24 +34,63 @@ def by_model(table: DictConfig, *, _root_: DictConfig) -> Any:
 OmegaConf.register_new_resolver("by_model", by_model, replace=True)
 
 
-def resolve(cfg: DictConfig, choices: dict, overrides: list[str]) -> dict:
+def resolve(cfg: DictConfig, choices: dict) -> dict:
     """The composed config as a plain, checked dict; nothing below sees OmegaConf."""
     check_targets({group: cfg[group].get("_target_") for group in GROUPS})  # before an interpolation trips over one
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config.pop("experiment", None)
     config["choices"] = {group: choices.get(group) for group in GROUPS}
-    config["overrides"] = overrides
     check(config)
+    config["overrides"] = _overrides(cfg, choices)
     return config
+
+
+def _overrides(cfg: DictConfig, choices: dict) -> list[str]:
+    """The fewest overrides that compose the same run, however this one was composed."""
+    chosen = [f"{group}={choices[group]}" for group in ("data", "model", "reg", "recipe", "stage")]
+    plain = _compose(*chosen)
+    changed = []
+    for group in ("data", "model", "reg", "recipe", "stage"):
+        theirs, ours = (OmegaConf.to_container(c[group], resolve=False) for c in (plain, cfg))
+        solved = OmegaConf.to_container(cfg[group], resolve=True)
+        changed += _differences(theirs, ours, solved, f"{group}.")  # type: ignore[arg-type]
+    rest = [f"{key}={cfg[key]}" for key in ("seed", "threads") if key == "seed" or cfg[key] != "auto"]
+    return [word for word in chosen if word != f"recipe={choices['data']}"] + changed + rest
+
+
+@functools.cache
+def _compose(*overrides: str) -> DictConfig:
+    return hydra.compose("config", list(overrides))
+
+
+def _differences(plain: dict, cfg: dict, solved: dict, prefix: str) -> list[str]:
+    found = []
+    for key, value in cfg.items():
+        if isinstance(value, dict) and isinstance(plain.get(key), dict):
+            found += _differences(plain[key], value, solved[key], f"{prefix}{key}.")
+        elif key not in plain or value != plain[key]:
+            found.append(f"{prefix}{key}={_word(solved[key])}")
+    return found
+
+
+def _word(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_word(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_word(v) for v in value) + "]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
 
 
 def _job(cfg: DictConfig) -> Any:
     context = HydraConfig.get()
     try:
-        config = resolve(cfg, dict(context.runtime.choices), list(context.overrides.task))
+        config = resolve(cfg, dict(context.runtime.choices))
         return importlib.import_module("r2.run").start(config)
     except (UserError, OmegaConfBaseException) as error:
-        text = _last_line(error) if isinstance(error, UserError) else _one_line(error)
+        text = _last_line(error) if isinstance(error, UserError) else one_line(error)
         print(f"r2: {text}", file=sys.stderr, flush=True)
         if context.mode == RunMode.RUN:
             raise SystemExit(2) from None
@@ -65,8 +107,6 @@ class JobFailed(Exception):
 def main(program: str) -> None:
     """Run under Hydra; exits with 2 on a user's mistake, 1 on a failure, 143 when stopped but resumable."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach this function
-    from yaml import YAMLError
-
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
     if sweep:  # Hydra knows the flag only in front of the keys
         sys.argv[1:] = ["-m", *[a for a in sys.argv[1:] if a not in ("-m", "--multirun")]]
@@ -74,8 +114,8 @@ def main(program: str) -> None:
         hydra.main(config_path=CONFIGS, config_name="config", version_base="1.3")(_job)()
     except UserError:
         raise SystemExit(2) from None  # said where it happened
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        print(f"r2: {_one_line(error)}", file=sys.stderr)
+    except COMPOSE_ERRORS as error:
+        print(f"r2: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # Hydra makes the folder of a sweep before its first job
         print(
@@ -92,7 +132,7 @@ def main(program: str) -> None:
         raise SystemExit(1) from None
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Hydra's message with the options, without its hints about stack traces."""
     cause = error.__cause__
     if cause is not None and getattr(cause, "parent_node", None) is not None:

@@ -7,6 +7,7 @@ read from the source text, without importing the module.
 
 import ast
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -93,6 +94,7 @@ def _evaluate(annotation: ast.expr | None) -> Any:
     return eval(compile(ast.Expression(annotation), "<annotation>", "eval"), _TYPES)
 
 
+@functools.cache
 def signature(target: str) -> dict[str, ast.expr | None]:
     """Parameter names and annotations of a function or class of r2, read without importing its module."""
     module, name = target.rsplit(".", 1)

@@ -100,15 +100,15 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_all(folder: Path) -> list[dict]:
-    """Every record in `folder`: <run>/record.json, or *.json that are records.
+def find(folder: Path) -> list[dict]:
+    """Every record under `folder`: <run>/record.json of runs, records/*.json of collected ones, or its own *.json.
 
     Raises:
-        UserError: there is none, or a file is not a record.
+        UserError: a file is not a record.
     """
-    paths = sorted([*folder.glob("*/record.json"), *folder.glob("*.json")])
+    patterns = ("*/record.json", "records/*.json", "*.json")
     records = []
-    for path in paths:
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         try:
             found = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -116,6 +116,16 @@ def read_all(folder: Path) -> list[dict]:
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise UserError(f"{path}: is not a record of this version of r2")
         records.append(found)
+    return records
+
+
+def read_all(folder: Path) -> list[dict]:
+    """As `find`.
+
+    Raises:
+        UserError: there is none, or a file is not a record.
+    """
+    records = find(folder)
     if not records:
         raise UserError(f"{folder}: holds no record; run an experiment with out={folder} first")
     return records

@@ -1,20 +1,17 @@
-"""Records to tables: Markdown, CSV and LaTeX, the paper's value beside a measured one where the protocols match.
+"""Records to the paper's tables, in Markdown, CSV and LaTeX.
 
-python -m r2.tables outputs                       # any folder of records; writes tables.{md,csv,tex} into it
-python -m r2.tables results/records --out results --into README.md
+A paper's value stands in a cell only beside a run of the paper's own protocol (ImageNet, nothing changed). Under any
+smaller study the paper's table is printed apart, with its own title.
 """
 
-import argparse
 import csv
 import io
 import math
-import sys
+import shlex
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-
-from r2.config import UserError
-from r2.record import read_all
+from typing import NamedTuple
 
 PAPER = Path(__file__).parents[1] / "results" / "paper"
 REGULARIZERS = {
@@ -25,147 +22,236 @@ REGULARIZERS = {
     "margin": "Margin",
     "smm": "SMM",
 }
+# Keys that are a table's rows, columns and seeds, and keys that change no result.
+_AXES = {"data", "model", "model.width_mult", "reg", "recipe", "stage", "stage.bits", "stage.weight_bits",
+         "stage.act_bits", "stage.dim", "stage.skip_first_last", "seed"}  # fmt: skip
+_PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds", "dist_timeout_seconds", "data.root",
+           "data.workers"}  # fmt: skip
 
 
-def full_protocol(record: dict) -> bool:
-    """Whether a record may stand beside the paper's value: ImageNet with the unchanged recipe and stage."""
-    changed = ("recipe.", "data.image_size", "reg.", "stage.hessian", "stage.lr", "stage.epochs")
+class Column(NamedTuple):
+    """What was done to the pretrained model; the fields are axes of a record."""
+
+    stage: str
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    dim: int | None = None
+    quantized_layers: str | None = "all"
+
+    @property
+    def label(self) -> str:
+        """`fp32`, `ewgs W2A2`, `dkm 2 bit, dim 1`."""
+        if self.weight_bits is None:
+            return self.stage
+        widths = f"{self.weight_bits} bit, dim {self.dim}" if self.dim else f"W{self.weight_bits}"
+        widths += f"A{self.act_bits}" if self.act_bits else ""
+        return f"{self.stage} {widths}" + (" excl. F&L" if self.quantized_layers == "excl_first_last" else "")
+
+
+FP32 = Column("fp32", quantized_layers=None)
+
+
+class Table(NamedTuple):
+    title: str
+    columns: list[Column]
+    models: tuple[str, ...]  # how their names begin
+
+
+_QAT = [Column(stage, bits, bits) for stage in ("pact", "lsq", "ewgs") for bits in (2, 4)]
+_IMAGE_MODELS = ("mbv1", "mbv2", "rn18", "resnet18")
+TABLES = {
+    "1": Table("EWGS at 2 bits without and with the first and last layer",
+               [Column("ewgs", 2, 2, quantized_layers="excl_first_last"), Column("ewgs", 2, 2)], ("mbv1",)),
+    "2": Table("Post-training quantization, 4-bit weights and 8-bit activations",
+               [FP32, *[Column(stage, 4, 8) for stage in ("none", "dfq", "adaround")]], _IMAGE_MODELS),
+    "3": Table("EWGS at 2 bits", [FP32, Column("ewgs", 2, 2)], ("mbv1", "mbv2")),
+    "4": Table("Quantization-aware training at 2 and 4 bits", [FP32, *_QAT], _IMAGE_MODELS),
+    "5": Table("DKM over single weights", [FP32, *[Column("dkm", b, None, 1) for b in (1, 2, 4)]], _IMAGE_MODELS),
+    "6": Table("DKM over vectors, 1 bit per weight", [Column("dkm", b, None, b) for b in (2, 4)], _IMAGE_MODELS),
+    "7": Table("DKM of MobileBERT on QNLI", [FP32, *[Column("dkm", b, None, 1) for b in (1, 2)]], ("mobilebert",)),
+}  # fmt: skip
+
+
+class Protocol(NamedTuple):
+    """What the cells of one table share; `changed` are the keys beyond its axes, as key=value."""
+
+    data: str
+    recipe: str
+    epochs: int
+    finetune_epochs: int
+    changed: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        extra = "".join(f", {change}" for change in self.changed)
+        return f"{self.data}, recipe {self.recipe} ({self.epochs} + {self.finetune_epochs} epochs){extra}"
+
+    @property
+    def full(self) -> bool:
+        """The paper's own: ImageNet, nothing changed."""
+        return self.data == self.recipe == "imagenet" and not self.changed
+
+
+def protocol(record: dict) -> Protocol:
+    recipe = record["config"]["recipe"]
+    overrides = [word.partition("=") for word in shlex.split(record["command"]) if "=" in word]
+    changed = tuple(sorted(f"{key}={value}" for key, _, value in overrides if key not in _AXES | _PLACES))
     choices = record["choices"]
-    return choices["data"] == choices["recipe"] == "imagenet" and not any(key in record["command"] for key in changed)
+    return Protocol(choices["data"], choices["recipe"], recipe["epochs"], recipe["finetune"]["epochs"], changed)
 
 
-def paper_values() -> dict[tuple, float]:
-    """(model, reg, stage, weight bits, activation bits, dim, layers) to the paper's top-1 in percent."""
+Row = tuple[str, str]  # model, regularizer
+Cells = dict[tuple[Row, Column], dict[int, float]]  # to top-1 in percent by seed
+
+
+def column(record: dict) -> Column:
+    return Column(*[record["axes"].get(name) for name in Column._fields])
+
+
+def measured(records: Iterable[dict]) -> dict[Protocol, Cells]:
+    """Every cell's top-1 by seed."""
+    found: dict[Protocol, Cells] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        axes, cells = record["axes"], found[protocol(record)]
+        row = axes["model"], axes["reg"]
+        if axes["stage"] != "fp32":
+            cells[row, column(record)][axes["seed"]] = record["metrics"]["top1"]
+        if record["fp32"] and axes.get("dim") in (None, 1):  # a regularizer over vectors is another pretraining
+            cells[row, FP32][axes["seed"]] = record["fp32"]["top1"]
+    return {key: dict(found[key]) for key in sorted(found)}
+
+
+def paper(number: str) -> dict[tuple[Row, Column], float]:
+    """The paper's top-1 in percent, of one of its tables."""
+    path = PAPER / (f"table{number}.csv" if number != "1" else "table1_accuracy.csv")
     values = {}
-    for path in (PAPER / name for name in ("table1_accuracy.csv", *(f"table{n}.csv" for n in range(2, 7)))):
-        for row in csv.DictReader(path.read_text().splitlines()):
-            row |= {k: row["bits"] for k in ("weight_bits",) if "bits" in row}
-            row |= {"activation_bits": row["bits"]} if row["stage"] == "ewgs" and "bits" in row else {}
-            widths = (int(row[k]) if row.get(k) else None for k in ("weight_bits", "activation_bits", "dim"))
-            layers = row.get("quantized_layers") or ("all" if row["stage"] != "fp32" else None)
-            key = (row["model"], row.get("reg", "l2"), row["stage"], *widths, layers)
-            values[key] = float(row["top1"])
+    for row in csv.DictReader(path.read_text().splitlines()):
+        weight, act, dim = (int(row[name]) if row[name] else None for name in ("weight_bits", "act_bits", "dim"))
+        place = Column(row["stage"], weight, act, dim, row["quantized_layers"] or None)
+        values[(row["model"], row["reg"]), place] = float(row["top1"])
     return values
 
 
-def cells(records: list[dict]) -> dict[tuple, dict[tuple, dict]]:
-    """(data, recipe, model) to (reg, stage label) to a cell: measured values over seeds, full precision, paper."""
-    paper = paper_values()
-    tables: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
-    for record in records:
-        axes, epochs = record["axes"], record["epochs"]["pretrain"]
-        table = tables[axes["data"], f"{epochs} epochs", axes["model"]]
-        entries = [("fp32", record["fp32"]["top1"], ("fp32", None, None, None, None))] if record["fp32"] else []
-        if axes["stage"] != "fp32":
-            found = tuple(axes.get(k) for k in ("stage", "weight_bits", "act_bits", "dim", "quantized_layers"))
-            entries.append((stage_label(record), record["metrics"]["top1"], found))
-        for label, top1, found in entries:
-            cell = table.setdefault((axes["reg"], label), {"seeds": {}, "paper": None})
-            cell["seeds"][axes["seed"]] = top1
-            if full_protocol(record):
-                cell["paper"] = paper.get((axes["model"], axes["reg"], *found))
-    return tables
+def statistics(values: Iterable[float]) -> tuple[float, float, int]:
+    """Mean, standard deviation (unbiased; 0 for one value) and count."""
+    listed = list(values)
+    mean = sum(listed) / len(listed)
+    variance = sum((v - mean) ** 2 for v in listed) / max(1, len(listed) - 1)
+    return mean, math.sqrt(variance), len(listed)
 
 
-def stage_label(record: dict) -> str:
-    """`ewgs W2A2 (10 epochs)`, `dkm 2 bits, dim 1 (10 epochs)`."""
-    axes, epochs = record["axes"], record["epochs"]["stage"]
-    widths = f"{axes['weight_bits']} bits, dim {axes['dim']}" if axes.get("dim") else f"W{axes['weight_bits']}"
-    widths += f"A{axes['act_bits']}" if axes["act_bits"] else ""
-    extra = " excl. F&L" if axes["quantized_layers"] == "excl_first_last" else ""
-    return f"{axes['stage']} {widths}" + (f" ({epochs} epochs)" if epochs else "") + extra
-
-
-def text(cell: dict | None) -> str:
+def text(by_seed: dict[int, float] | None, of_paper: float | None = None) -> str:
     """`62.10`, `62.10 ± 0.30 (3)` over seeds, with ` [60.00]` the paper's value."""
-    if cell is None:
+    if not by_seed:
         return "-"
-    values = list(cell["seeds"].values())
-    mean = sum(values) / len(values)
-    out = f"{mean:.2f}"
-    if len(values) > 1:
-        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        out += f" ± {std:.2f} ({len(values)})"
-    return out + (f" [{cell['paper']:.2f}]" if cell["paper"] is not None else "")
+    mean, std, count = statistics(by_seed.values())
+    out = f"{mean:.2f}" + (f" ± {std:.2f} ({count})" if count > 1 else "")
+    return out + (f" [{of_paper:.2f}]" if of_paper is not None else "")
 
 
-def grids(records: list[dict]) -> list[tuple[str, list[list[str]]]]:
-    """(title, rows) of each table; the first row is its header."""
-    out = []
-    for (data, recipe, model), table in sorted(cells(records).items()):
-        stages = sorted({stage for _, stage in table}, key=lambda s: (s != "fp32", s))
-        regs = sorted({reg for reg, _ in table}, key=lambda r: list(REGULARIZERS).index(r) if r in REGULARIZERS else 99)
-        rows = [["Regularizer", *stages]]
-        rows += [[REGULARIZERS.get(reg, reg), *[text(table.get((reg, stage))) for stage in stages]] for reg in regs]
-        out.append((f"{data}, {model}, pretrained {recipe}: top-1 in %", rows))
-    return out
+class Grid(NamedTuple):
+    """A table: its keys, and its text with a header as the first row."""
+
+    number: str
+    title: str
+    columns: list[Column]
+    keys: list[Row]
+    rows: list[list[str]]
+
+
+def ordered(rows: Iterable[Row]) -> list[Row]:
+    regs = list(REGULARIZERS)
+    return sorted(set(rows), key=lambda row: (row[0], regs.index(row[1]) if row[1] in regs else len(regs), row[1]))
+
+
+def _grid(number: str, title: str, columns: list[Column], rows: list[Row], cell: Callable[[Row, Column], str]) -> Grid:
+    body = [[row[0], REGULARIZERS.get(row[1], row[1]), *[cell(row, c) for c in columns]] for row in rows]
+    return Grid(number, title, columns, rows, [["Model", "Regularizer", *[c.label for c in columns]], *body])
+
+
+def _shown(cells: Cells, table: Table) -> list[Row]:
+    """Rows of the models that fill most of the table's columns."""
+    wanted = [c for c in table.columns if c != FP32]
+    models = {row[0] for row, _ in cells if row[0].startswith(table.models)}
+    full = {m for m in models if sum(any((r, c) in cells for r, _ in cells if r[0] == m) for c in wanted)
+            > len(wanted) / 2}  # fmt: skip
+    return ordered(row for row, c in cells if row[0] in full and c in wanted)
+
+
+def grids(key: Protocol, cells: Cells) -> list[Grid]:
+    """The paper's tables as far as they are measured, and what is in none of them."""
+    found, placed = [], set()
+    for number, table in TABLES.items():
+        rows = _shown(cells, table)
+        placed |= {(row, c) for row in rows for c in table.columns}
+        values = paper(number) if key.full else {}
+        if rows:
+            found.append(_grid(number, table.title, table.columns, rows,
+                               lambda r, c, values=values: text(cells.get((r, c)), values.get((r, c)))))  # type: ignore[misc] # fmt: skip
+    rest = {place: v for place, v in cells.items() if place not in placed}
+    if any(c != FP32 for _, c in rest) or (rest and not found):
+        columns = sorted({c for _, c in rest} | {FP32}, key=lambda c: (c != FP32, c.label))
+        rows = ordered(row for row, _ in rest)
+        found.append(_grid("", "Other runs", columns, rows, lambda r, c: text(cells.get((r, c)))))
+    return found
+
+
+def paper_grid(number: str) -> Grid:
+    values = paper(number)
+    return _grid(number, TABLES[number].title, TABLES[number].columns, ordered(row for row, _ in values),
+                 lambda r, c: f"{values[r, c]:.2f}" if (r, c) in values else "-")  # fmt: skip
+
+
+def markdown_grid(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    return lines[0] + f"|{'---|' * len(rows[0])}\n" + "".join(lines[1:])
+
+
+def heading(grid: Grid) -> str:
+    return f"Table {grid.number}: {grid.title}" if grid.number else grid.title
 
 
 def markdown(records: list[dict]) -> str:
     parts = []
-    for title, rows in grids(records):
-        lines = [" | ".join(row) for row in rows]
-        parts.append(
-            f"**{title}**\n\n| {lines[0]} |\n|{'---|' * len(rows[0])}\n" + "".join(f"| {x} |\n" for x in lines[1:])
-        )
-    commands = "".join(f"    {c}\n" for c in sorted({record["command"] for record in records}))
-    return "\n".join(parts) + "\n[..] is the paper's value, ± over seeds. The runs:\n\n" + commands
+    for key, cells in measured(records).items():
+        parts.append(f"## {key.label}\n\nTop-1 in %; mean ± standard deviation (seeds)"
+                     + ("; [..] the paper's value.\n" if key.full else ".\n"))  # fmt: skip
+        for grid in grids(key, cells):
+            parts.append(f"**{heading(grid)}**\n\n{markdown_grid(grid.rows)}")
+            if grid.number and not key.full:
+                parts.append(f"The paper's, on ImageNet:\n\n{markdown_grid(paper_grid(grid.number).rows)}")
+    commands = "".join(f"    {command}\n" for command in sorted({record["command"] for record in records}))
+    return "\n".join(parts) + "\n## The runs\n\n" + commands
 
 
 def latex(records: list[dict]) -> str:
     parts = []
-    for title, rows in grids(records):
-        body = [" & ".join(_escape(value) for value in row) + r" \\" for row in rows]
-        head = f"% {title}\n\\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}\n\\hline\n{body[0]}\n\\hline\n"
-        parts.append(head + "\n".join(body[1:]) + "\n\\hline\n\\end{tabular}\n")
+    for key, cells in measured(records).items():
+        for grid in grids(key, cells):
+            body = [" & ".join(_escape(value) for value in row) + r" \\" for row in grid.rows]
+            parts.append(
+                f"% {heading(grid)}; {key.label}\n\\begin{{tabular}}{{ll{'r' * (len(grid.rows[0]) - 2)}}}\n\\hline\n"
+                f"{body[0]}\n\\hline\n" + "\n".join(body[1:]) + "\n\\hline\n\\end{tabular}\n"
+            )
     return "\n".join(parts)
 
 
 def _escape(value: str) -> str:
-    return value.replace("&", r"\&").replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
+    for character in "&%_":
+        value = value.replace(character, f"\\{character}")
+    return value.replace("±", r"$\pm$")
 
 
 def table_csv(records: list[dict]) -> str:
-    """One line per cell and seed."""
+    """One line per cell and seed, with the axes of the records and of results/paper."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["data", "recipe", "model", "reg", "stage", "seed", "top1", "paper_top1"])
-    for key, table in sorted(cells(records).items()):
-        for (reg, stage), cell in sorted(table.items()):
-            for seed, top1 in sorted(cell["seeds"].items()):
-                writer.writerow([*key, reg, stage, seed, top1, "" if cell["paper"] is None else cell["paper"]])
+    writer.writerow([*Protocol._fields, "model", "reg", *Column._fields, "seed", "top1"])
+    for key, cells in measured(records).items():
+        for (row, c), by_seed in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1].label)):
+            for seed, top1 in sorted(by_seed.items()):
+                writer.writerow([*key[:-1], " ".join(key.changed), *row, *c, seed, top1])
     return out.getvalue()
 
 
 WRITTEN: dict[str, Callable[[list[dict]], str]] = {"md": markdown, "csv": table_csv, "tex": latex}
-MARKS = "<!-- tables: generated by python -m r2.tables -->", "<!-- end of tables -->"
-
-
-def replaced(page: str, tables: str) -> str:
-    """`page` with `tables` between its marks."""
-    head, _, rest = page.partition(MARKS[0])
-    return f"{head}{MARKS[0]}\n{tables}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m r2.tables", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("records", type=Path, help="a folder of runs, or of record files")
-    parser.add_argument("--out", type=Path, help="where to write; the folder itself by default")
-    parser.add_argument("--into", type=Path, help="a Markdown file: replaces what stands between its table marks")
-    parsed = parser.parse_args(arguments)
-    try:
-        records = read_all(parsed.records)
-    except UserError as error:
-        print(f"r2: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    out = parsed.out or parsed.records
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix, render in WRITTEN.items():
-        (out / f"tables.{suffix}").write_text(render(records))
-    if parsed.into:
-        parsed.into.write_text(replaced(parsed.into.read_text(), markdown(records)))
-    print(markdown(records))
-
-
-if __name__ == "__main__":
-    main()

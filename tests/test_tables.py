@@ -1,48 +1,82 @@
-import copy
 import json
-from pathlib import Path
 
 import pytest
 
-from r2 import tables
+from r2 import claims, tables
 from r2.config import UserError
 from r2.record import SCHEMA, read_all
+from r2.tables import FP32, Column
+
+EWGS = Column("ewgs", 2, 2)
 
 
-def record(reg="linf", seed=0, top1=50.0, data="digits", command="python -m r2.run"):
-    axes = {"data": data, "model": "mbv1-0.25", "reg": reg, "stage": "ewgs", "seed": seed}
-    axes |= {"weight_bits": 2, "act_bits": 2, "quantized_layers": "all"}
+def record(reg="linf", seed=0, top1=50.0, data="digits", command="", fp32=60.0, model="mbv1-0.25", column=EWGS):
+    """As much of a record as the tables read."""
     return {
         "schema": SCHEMA,
-        "axes": axes,
+        "axes": {"data": data, "model": model, "reg": reg, "seed": seed, **column._asdict()},
         "metrics": {"top1": top1},
-        "fp32": {"top1": 60.0},
-        "epochs": {"pretrain": 3, "stage": 2},
+        "fp32": {"top1": fp32} if fp32 is not None else None,
         "choices": {"data": data, "recipe": data},
-        "command": command,
+        "config": {"recipe": {"epochs": 3, "finetune": {"epochs": 2}}},
+        "command": f"python -m r2.run data={data} reg={reg} seed={seed} {command}",
     }
 
 
 def test_seeds_give_mean_and_standard_deviation():
     text = tables.markdown([record(seed=0, top1=50.0), record(seed=1, top1=52.0)])
-    assert "51.00 ± 1.41 (2)" in text and "[" not in text.split("\n\n[..]")[0]
+    assert "| mbv1-0.25 | L-inf | 60.00 ± 0.00 (2) | 51.00 ± 1.41 (2) |" in text
+    assert "The paper's, on ImageNet" in text and "| mbv1-0.25 | L-inf | 53.48 | 26.04 |" in text
 
 
 def test_only_the_full_protocol_stands_beside_the_paper():
     full = record(data="imagenet")
-    assert "50.00 [26.04]" in tables.markdown([full])  # Table 3, L-inf, MobileNet-V1 0.25
+    assert "| 60.00 [53.48] | 50.00 [26.04] |" in tables.markdown([full])  # Table 3
     assert "[53.48]" in tables.latex([full])
-    short = copy.deepcopy(full) | {"command": "python -m r2.run recipe.epochs=3"}
-    assert "26.04" not in tables.markdown([short])
-    assert "26.04" not in tables.markdown([record()])
+    for other in (record(data="imagenet", command="recipe.epochs=3"), record()):
+        assert "[26.04]" not in tables.markdown([other]) + tables.latex([other])
 
 
-def test_missing_cells_and_csv():
-    other = record(reg="l2")
-    other["axes"]["weight_bits"] = other["axes"]["act_bits"] = 4
-    text = tables.markdown([record(), other])
-    assert "| L2 | 60.00 | - | 50.00 |" in text
-    assert "digits,3 epochs,mbv1-0.25,linf,ewgs W2A2 (2 epochs),0,50.0," in tables.table_csv([record()])
+def test_a_changed_key_is_another_table():
+    ours, changed = record(), record(command="reg.weight=0.1", top1=70.0)
+    found = tables.measured([ours, changed])
+    assert [key.changed for key in found] == [(), ("reg.weight=0.1",)]
+    assert [cells[("mbv1-0.25", "linf"), EWGS][0] for cells in found.values()] == [50.0, 70.0]
+    assert "reg.weight=0.1" in tables.markdown([ours, changed])
+    elsewhere = record(command="out=there devices=2 threads=1 data.root=x stage.bits=2")
+    assert tables.protocol(elsewhere) == tables.protocol(ours)
+
+
+def test_full_precision_of_a_regularizer_over_vectors_is_left_out():
+    vectors = record(column=Column("dkm", 2, None, 2), fp32=40.0)
+    (cells,) = tables.measured([record(), vectors]).values()
+    assert cells[("mbv1-0.25", "linf"), FP32] == {0: 60.0}
+
+
+def test_what_is_in_no_table_of_the_paper_is_still_shown():
+    text = tables.markdown([record(column=Column("ewgs", 3, 3), top1=12.0)])
+    assert "**Other runs**" in text and "| mbv1-0.25 | L-inf | 60.00 | 12.00 |" in text
+
+
+def test_every_cell_of_the_paper_has_its_place():
+    values = {number: tables.paper(number) for number in tables.TABLES}
+    assert {number: len(v) for number, v in values.items()} == {
+        "1": 2, "2": 80, "3": 48, "4": 28, "5": 24, "6": 8, "7": 12,
+    }  # fmt: skip
+    assert values["1"][("mbv1-1.0", "l2"), Column("ewgs", 2, 2, None, "excl_first_last")] == 59.10
+    assert values["6"][("mbv1-1.0", "smm"), Column("dkm", 4, None, 4)] == 60.05
+    assert values["2"][("mbv2-0.25", "margin"), Column("none", 4, 8)] == 31.11
+    for number, table in tables.TABLES.items():
+        wanted = set(table.columns) - ({FP32} if number == "5" else set())  # the paper's Table 5 has none
+        assert {column for _, column in values[number]} == wanted, number
+        assert all(model.startswith(table.models) for (model, _), _ in values[number])
+
+
+def test_csv_has_the_axes_of_the_paper_and_one_line_per_seed():
+    lines = tables.table_csv([record(seed=0), record(seed=1, top1=51.5)]).splitlines()
+    header = (tables.PAPER / "table2.csv").read_text().splitlines()[0].split(",")
+    assert set(header) <= set(lines[0].split(","))
+    assert sum(",ewgs,2,2,,all," in line for line in lines) == 2
 
 
 def test_a_folder_without_records_or_with_others_is_named(tmp_path):
@@ -53,21 +87,57 @@ def test_a_folder_without_records_or_with_others_is_named(tmp_path):
         read_all(tmp_path)
 
 
-def test_every_cell_of_the_paper_has_its_place():
-    values = tables.paper_values()
-    assert len(values) == 1 + 80 + 48 + 28 + 24 + 8 - 16  # full precision stands in two or three of the tables
-    assert values["mbv1-1.0", "l2", "ewgs", 2, 2, None, "excl_first_last"] == 59.10
-    assert values["mbv1-1.0", "l2", "ewgs", 2, 2, None, "all"] == 55.96
-    assert values["mbv1-1.0", "smm", "dkm", 4, None, 4, "all"] == 60.05
-    assert values["resnet18", "margin", "lsq", 2, 2, None, "all"] == 62.25
-    assert values["mbv2-0.25", "margin", "none", 4, 8, None, "all"] == 31.11
+NONE_CLAIM = claims.CLAIMS[0]  # L-inf and margin against L2, Column("none", 4, 8)
 
 
-def test_what_is_generated_is_not_stale():
-    """After a change of a record: python -m r2.tables results/records --out results --into README.md"""
-    root = Path(__file__).parents[1]
-    records = read_all(root / "results" / "records")
-    for suffix, render in tables.WRITTEN.items():
-        assert (root / "results" / f"tables.{suffix}").read_text() == render(records), suffix
-    page = (root / "README.md").read_text()
-    assert page == tables.replaced(page, tables.markdown(records))
+def none(reg, seed, top1, model="mbv1-0.25"):
+    return record(reg=reg, seed=seed, top1=top1, model=model, column=Column("none", 4, 8))
+
+
+def judged(*values):
+    """`values`: per seed, the top-1 of l2, L-inf and margin."""
+    regs = ("l2", "linf", "margin")
+    records = [none(reg, seed, v) for seed, of in enumerate(values) for reg, v in zip(regs, of, strict=True)]
+    (cells,) = tables.measured(records).values()
+    return claims.judge(NONE_CLAIM, cells)
+
+
+def test_a_claim_holds_when_the_whole_interval_says_so():
+    clear = judged((10, 30, 34), (12, 33, 35), (11, 31, 35))
+    assert clear.effect == pytest.approx((22 + 22 + 22) / 3) and clear.verdict == "holds" and clear.seeds == 3
+    assert judged((40, 30, 34), (42, 33, 35), (41, 31, 35)).verdict == "does not hold"
+    assert judged((10, 9, 8), (10, 50, 60), (10, 12, 9)).verdict == "undecided"
+    assert judged((10, 30, 34)).verdict == "undecided"  # one seed has no interval
+
+
+def test_the_interval_is_students():
+    low, high = claims.interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-5)
+
+
+def test_no_loss_and_no_difference_allow_a_point():
+    no_loss = next(c for c in claims.CLAIMS if c.kind == "no loss")
+    no_difference = next(c for c in claims.CLAIMS if c.kind == "no difference")
+    for found, loss, difference in [
+        ((-0.5, 3.0), "holds", "undecided"),
+        ((-0.5, 0.5), "holds", "holds"),
+        ((-3.0, -1.5), "does not hold", "does not hold"),
+        ((1.5, 2.0), "holds", "does not hold"),
+        ((-2.0, 0.0), "undecided", "undecided"),
+    ]:
+        assert claims.verdict(no_loss, found) == loss and claims.verdict(no_difference, found) == difference
+
+
+def test_a_seed_that_lacks_a_model_does_not_count():
+    values = {"l2": 10, "linf": 20, "margin": 30}
+    places = [("mbv1-0.25", 0), ("mbv1-0.25", 1), ("mbv2-0.25", 0)]
+    records = [none(reg, seed, top1, model) for model, seed in places for reg, top1 in values.items()]
+    (cells,) = tables.measured(records).values()
+    found = claims.judge(NONE_CLAIM, cells)
+    assert found.seeds == 1 and found.models == ("mbv1-0.25", "mbv2-0.25") and found.effect == 15
+
+
+def test_every_claim_can_be_asked_of_the_paper():
+    effects = {claim.text: claims.of_paper(claim) for claim in claims.CLAIMS}
+    r2, l2 = (13.30 + 27.72 + 61.73 + 61.66 + 13.08 + 31.11 + 59.95 + 60.03) / 8, (0.41 + 2.67 + 0.73 + 2.57) / 4
+    assert effects[NONE_CLAIM.text] == pytest.approx(r2 - l2)

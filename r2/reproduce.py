@@ -1,0 +1,172 @@
+"""Plan, run and render tables and figures of the paper.
+
+python -m r2.reproduce table=2 data=imagenet plan=true          # what it needs, what exists, what the rest will cost
+python -m r2.reproduce table=2,3 data=fashion_mnist seeds=0,1,2 jobs=2
+python -m r2.reproduce all
+
+    table=1..7  figure=1,2  all    what to reproduce
+    plan=true                      only say what would be done
+    seeds=0,1,2                    repetitions
+    jobs=N                         pretrainings at the same time, each with its share of a CPU's threads
+    records=DIR                    runs whose records lie there are not repeated; the others' records are copied there
+
+Every other key=value goes to each run as in python -m r2.run; key=a,b,c makes or replaces an axis of the table.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from r2.config import UserError
+
+_OWN = ("table", "figure", "plan", "seeds", "jobs", "records")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line, read."""
+
+    experiments: list[str]
+    overrides: list[str]
+    plan: bool
+    jobs: int
+    records: Path | None
+
+
+def read(arguments: list[str]) -> Request:
+    """
+    Raises:
+        UserError: a word that is no key=value, or a value that its key does not take.
+    """
+    own: dict[str, str] = {}
+    overrides: dict[str, str] = {}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if word == "all":
+            own |= {"table": "1,2,3,4,5,6,7", "figure": "1,2"}
+        elif not equals or not value:
+            raise UserError(f"{word!r}: expected key=value, e.g. table=2 plan=true, or all")
+        else:
+            (own if key in _OWN else overrides)[key] = value
+    wanted = [f"table{n}" for n in own["table"].split(",")] if "table" in own else []
+    wanted += [f"figure{n}" for n in own["figure"].split(",")] if "figure" in own else []
+    if not wanted:
+        raise UserError("nothing asked for: give table=1..7, figure=1,2 or all")
+    if own.get("plan", "false") not in ("true", "false"):
+        raise UserError(f"plan={own['plan']}: is true or false")
+    jobs = own.get("jobs", "1")
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise UserError(f"jobs={jobs}: is a whole number, 1 or more")
+    if "seeds" in own:
+        overrides["seed"] = own["seeds"]
+    if int(jobs) > 1 and "threads" not in overrides:
+        overrides["threads"] = str(max(1, (os.cpu_count() or 1) // int(jobs)))
+    records = Path(own["records"]) if "records" in own else None
+    return Request(wanted, [f"{k}={v}" for k, v in overrides.items()], own.get("plan") == "true", int(jobs), records)
+
+
+def reproduce(request: Request) -> int:
+    """Do what was asked; returns how many runs failed."""
+    import torch
+
+    from r2 import plan, record, report
+
+    cells = plan.cells(request.experiments, request.overrides)
+    out = Path(cells[0].config["out"])
+    if request.plan:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        devices = cells[0].config["devices"]
+        processes = max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
+        published = plan.PUBLISHED if plan.PUBLISHED.is_dir() else None
+        speeds = plan.Speeds(plan.known_records([published, request.records, out]), device, processes)
+        for line in plan.describe(cells, request.records, speeds):
+            print(line)
+        return 0
+    missing = [cell for cell in cells if not cell.finished(request.records)]
+    print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)
+    run_all(missing, request.jobs)
+    failed = [cell for cell in missing if not (cell.directory / "record.json").exists()]
+    for cell in failed:
+        print(f"r2: failed: {record.command(cell.config)}", file=sys.stderr)
+    if request.records is not None:
+        collect(cells, request.records)
+        report.write(request.records.parent, out / "pretrained")
+    elif len(failed) < len(cells):
+        report.write(out, out / "pretrained")
+    return len(failed)
+
+
+def run_all(cells: list, jobs: int) -> None:
+    """Run cells in processes of their own, those of one pretraining in one after the other."""
+    from r2.plan import groups
+
+    waiting, running = groups(cells), list[SpawnProcess]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                configs = [cell.config for cell in waiting.pop(0)]
+                running.append(get_context("spawn").Process(target=_run, args=(configs,)))
+                running[-1].start()
+            wait([process.sentinel for process in running])
+            running = [process for process in running if process.is_alive()]
+    finally:  # stopped: the runs write a checkpoint, and the same command goes on
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join()
+
+
+def _run(configs: list[dict]) -> None:
+    """A failure is told and ends one run, not the others."""
+    from r2.run import start
+
+    for config in configs:
+        try:
+            start(config)
+        except UserError as error:
+            print(f"r2: {error}", file=sys.stderr, flush=True)
+        except SystemExit as stop:
+            if stop.code and int(stop.code) >= 128:  # a signal: the whole group stops
+                raise
+        except Exception:
+            traceback.print_exc()
+
+
+def collect(cells: Iterable, records: Path) -> None:
+    """Copy each finished cell's record to records/<name>.json."""
+    records.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        found = cell.directory / "record.json"
+        if found.exists():
+            shutil.copyfile(found, records / f"{cell.name}.json")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
+    from r2.cli import COMPOSE_ERRORS, one_line
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        failed = reproduce(read(words))
+    except UserError as error:
+        print(f"r2: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except COMPOSE_ERRORS as error:
+        print(f"r2: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

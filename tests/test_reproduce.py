@@ -1,0 +1,87 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from r2 import plan, reproduce
+from r2.tables import FP32, Column, paper
+from tests.conftest import ENV, SMALL
+
+TINY = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=50", "recipe.batch_size=32"]
+
+
+def program(tmp_path, *arguments, timeout=300):
+    command = [sys.executable, "-m", "r2.reproduce", f"out={tmp_path / 'out'}", *arguments]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=ENV)
+
+
+def test_a_planned_run_and_its_command_are_the_same_run():
+    cells = plan.cells(["table6"], ["data=fake", "model=mbv1", "reg=l2", "model.width_mult=0.25", "seed=0,1"])
+    assert [(c.axes["weight_bits"], c.axes["dim"], c.axes["seed"]) for c in cells] == [
+        (2, 2, 0), (2, 2, 1), (4, 4, 0), (4, 4, 1),
+    ]  # fmt: skip
+    assert len({c.name for c in cells}) == 4 and len({c.pretraining for c in cells}) == 2  # one per seed
+    for cell in cells:
+        (again,) = plan.cells_of(cell.config["overrides"])
+        assert again.name == cell.name and "experiment" not in " ".join(cell.config["overrides"])
+
+
+@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in "235"), "4", "6"])
+def test_every_table_of_the_paper_is_planned_whole(number):
+    cells = plan.cells([f"table{number}"], ["data=imagenet"])
+    planned = {((c.axes["model"], c.axes["reg"]), Column(*[c.axes[f] for f in Column._fields])) for c in cells}
+    assert planned == {key for key in paper(number) if key[1] != FP32} and len(planned) == len(cells)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["plan=true"], "nothing asked for"),
+        (["table=9"], "table9"),
+        (["table=2", "plan=maybe"], "plan=maybe"),
+        (["table=2", "jobs=0"], "jobs=0"),
+        (["table=2", "reg=l3"], "l3"),
+        (["table=2", "recipe.epoch=3"], "recipe.epochs"),
+        (["table=2", "seeds=a"], "seed=a"),
+        (["nonsense"], "key=value"),
+    ],
+)
+def test_a_mistake_is_one_line(words, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and told in error and error.count("\n") == 1
+
+
+def test_brackets_keep_their_commas():
+    assert plan._values("a,{b: 1, c: 2},[3,4]") == ["a", "{b: 1, c: 2}", "[3,4]"]
+    assert plan.duration(59) == "59 s" and plan.duration(7200) == "2.0 h" and plan.duration(600) == "10 min"
+
+
+def test_plan_run_and_rerun(tmp_path):
+    """Two of the four runs share a pretraining; a failing one does not stop the others; nothing is done twice."""
+    words = ["table=3", *TINY, "reg=l2,margin", "seeds=0,1"]
+    before = program(tmp_path, *words, "plan=true")
+    assert before.returncode == 0, before.stderr
+    assert "4 runs, 0 finished, 4 missing, which need 4 pretrainings" in before.stdout
+    assert re.search(r"estimated \S+ (s|min)", before.stdout) and not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    broken = re.search(r"missing\s+(\S*margin_ewgs\S*_s1-\w+)", before.stdout)[1]
+    (tmp_path / "out" / broken).write_text("a file where the run's folder should be")
+    first = program(tmp_path, *words, f"records={tmp_path / 'kept' / 'records'}", "jobs=2")
+    assert first.returncode == 1 and "failed: python -m r2.run" in first.stderr, first.stderr
+    assert len(list((tmp_path / "kept" / "records").glob("*.json"))) == 3
+    assert len(list((tmp_path / "out" / "pretrained").glob("*/model.pt"))) >= 3
+    (tmp_path / "out" / broken).unlink()
+    second = program(tmp_path, *words, f"records={tmp_path / 'kept' / 'records'}", "jobs=2")
+    assert second.returncode == 0 and "4 runs, 3 finished before, 1 to do" in second.stdout, second.stderr
+    records = [json.loads(p.read_text()) for p in (tmp_path / "kept" / "records").glob("*.json")]
+    done = {(r["axes"]["reg"], r["axes"]["seed"]) for r in records}
+    assert done == {(reg, seed) for reg in ("l2", "margin") for seed in (0, 1)}
+    assert {r["device"]["threads"] for r in records} == {max(1, reproduce.os.cpu_count() // 2)}
+    assert "± " in (tmp_path / "kept" / "fake" / "tables.md").read_text()
+    assert "<html" in (tmp_path / "kept" / "report.html").read_text()
+    after = program(tmp_path, *words, f"records={tmp_path / 'kept' / 'records'}", "plan=true")
+    assert "4 runs, 4 finished, 0 missing" in after.stdout
