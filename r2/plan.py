@@ -201,7 +201,7 @@ def _images(cell: Cell, epochs: int) -> int:
     return epochs * TRAIN_IMAGES.get(cell.axes["data"], data.get("train_images", 0))
 
 
-def measure(config: dict, device: str, steps: int = 3) -> float:
+def measure(config: dict, device: str, steps: int = 2) -> float:
     """Images/s of bare training steps of the config's model on random images of its size."""
     import time
 
@@ -209,7 +209,7 @@ def measure(config: dict, device: str, steps: int = 3) -> float:
     from torch.nn import functional as F
 
     size, classes = config["data"].get("image_size", 32), 1000 if "imagenet" in config["choices"]["data"] else 10
-    batch = 256 if device == "cuda" else 16
+    batch = 256 if device == "cuda" else 4
     model = build(config["model"], num_classes=classes).to(device, memory_format=torch.channels_last)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)

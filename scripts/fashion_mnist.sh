@@ -1,15 +1,13 @@
 #!/usr/bin/env bash
-# The small study on Fashion-MNIST, MobileNet-V1 0.25, one seed: every regularizer with 2-bit EWGS, and every stage
-# with l2 and margin. About an hour on two cores; what is finished is not repeated. Copies the records to
-# results/records and writes the tables.
+# The study in results/: Tables 2 to 6 on Fashion-MNIST with MobileNet-V1 and V2 at width 0.25, three seeds, by
+# configs/recipe/study.yaml. A few hours on two cores; what is finished is not repeated. Arguments go on to r2.reproduce:
+# plan=true says what would be done, records=results/records runs only what the repository lacks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)
-run() { "$python" -m r2.run -m data=fashion_mnist model=mbv1 model.width_mult=0.25 "$@"; }
-run reg=l2,l2_10x,kure,linf,margin,smm stage=ewgs stage.bits=2
-run reg=l2,margin stage=none,dfq,adaround,lsq,pact,dkm
-mkdir -p results/records
-for record in outputs/fashion_mnist_mbv1-0.25_*_s0-*/record.json; do
-  cp "$record" "results/records/$(basename "$(dirname "$record")").json"
-done
-"$python" -m r2.tables results/records --out results --into README.md
+reproduce() {
+  "$python" -m r2.reproduce data=fashion_mnist recipe=study model.width_mult=0.25 seeds=0,1,2 jobs=2 threads=1 "$@"
+}
+reproduce table=2,3 model=mbv1,mbv2 reg=l2,l2_10x,kure,linf,margin,smm "$@"
+reproduce table=5,6 model=mbv1 "$@"
+reproduce table=4 model=mbv1 "$@"
