@@ -1,0 +1,199 @@
+import copy
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from r2 import distributions, figures, store, tradeoff
+from r2.config import UserError
+from r2.trained import Trained, read
+
+REGS = {
+    "l2": {"_target_": "r2.regularizers.L2", "factor": 1.0},
+    "l2_10x": {"_target_": "r2.regularizers.L2", "factor": 10.0},
+    "linf": {"_target_": "r2.regularizers.LInf", "weight": 0.01, "dim": 1},
+    "margin": {"_target_": "r2.regularizers.Margin", "weight": 0.01, "dim": 1, "lr_mult": 1.0},
+}
+
+
+def pretraining(folder, reg, seed=0, epochs=2, finished=True, spread=1.0):
+    """What r2.pretrain leaves of a network of a 3x3, a 1x1 and a linear layer; returns the sha256 it states."""
+    folder.mkdir(parents=True)
+    config = {
+        "seed": seed,
+        "data": {"_target_": "r2.data.memory.fashion_mnist", "image_size": 32},
+        "model": {"_target_": "r2.models.mobilenet_v1", "width_mult": 0.25},
+        "reg": reg,
+        "recipe": {"_target_": "r2.recipe.Recipe", "epochs": epochs},
+    }
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        "stem.weight": torch.randn(40, 1, 3, 3, generator=generator),
+        "point.weight": torch.randn(4, 4, 1, 1, generator=generator),
+        "a.bias": torch.zeros(4),
+        "classifier.weight": torch.randn(10, 4, generator=generator),
+    }
+    state["stem.weight"][0] *= spread
+    rows = [f"{e},{name},{2 + e},1,0.5,{k}" for e in range(epochs + 1) for name, k in (("stem", 3.0), ("point", "nan"))]
+    store.write_json(folder / "config.json", config)
+    (folder / "curve-weights.csv").write_text("\n".join(["epoch,layer,range,max_abs,std,kurtosis", *rows]) + "\n")
+    if finished:
+        info = {"sha256": store.digest(state)}
+        store.save(folder / "model.pt", {"format": "r2", "key": "", "model": state, "info": info})
+    return store.digest(state)
+
+
+def record(reg="l2", stage="ewgs", seed=0, bits=2, top1=50.0, recipe="study", dim=None, fp32=60.0, model="mbv1-0.25"):
+    axes = {"data": "fashion_mnist", "model": model, "reg": reg, "stage": stage, "seed": seed}
+    axes |= {"weight_bits": bits, "act_bits": bits, "dim": dim, "quantized_layers": "all"}
+    return {
+        "axes": axes,
+        "metrics": {"top1": top1},
+        "fp32": fp32 and {"top1": fp32},
+        "size": {"file_mib": bits / 20},
+        "choices": {"data": "fashion_mnist", "recipe": recipe},
+        "command": "python -m r2.run",
+    }
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Records, collected weights and the figures of both."""
+    root = tmp_path_factory.mktemp("figures")
+    for reg, spread in (("l2", 9.0), ("margin", 1.0), ("linf", 1.0)):
+        pretraining(root / "pretrained" / reg, REGS[reg], spread=spread)
+    figures.collect(root / "pretrained", root / "weights")
+    records = [record(reg, stage, seed) for reg in ("l2", "smm") for stage in ("none", "ewgs") for seed in (0, 1)]
+    paths = figures.write(records, root / "weights", root / "out")
+    return records, root / "weights", root / "out", paths
+
+
+def test_collect_keeps_finished_defaults_of_seed_0(tmp_path):
+    pretraining(tmp_path / "pretrained" / "a", REGS["l2"])
+    pretraining(tmp_path / "pretrained" / "b", REGS["l2_10x"])
+    pretraining(tmp_path / "pretrained" / "c", REGS["linf"], finished=False)
+    pretraining(tmp_path / "pretrained" / "d", REGS["margin"] | {"weight": 0.1})
+    pretraining(tmp_path / "pretrained" / "e", REGS["margin"] | {"dim": 2})
+    pretraining(tmp_path / "pretrained" / "f", REGS["margin"], seed=1)
+    figures.collect(tmp_path / "pretrained", tmp_path / "into")
+    names = [f"mbv1-0.25_{reg}.{suffix}" for reg in ("l2", "l2_10x") for suffix in ("csv", "safetensors")]
+    assert sorted(path.name for path in (tmp_path / "into").iterdir()) == names
+    with safe_open(tmp_path / "into" / "mbv1-0.25_l2.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["r2"])
+        assert file.get_tensor("stem.weight").shape == (40, 1, 3, 3)
+    assert described["layers"] == ["stem.weight", "classifier.weight"]
+    assert [described[k] for k in ("data", "reg", "seed", "epochs")] == ["fashion_mnist", "l2", 0, 2]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "into").iterdir()}
+    figures.collect(tmp_path / "pretrained", tmp_path / "into")
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "into").iterdir()}
+
+
+def test_collect_takes_one_recipe_and_records_say_which(tmp_path):
+    for reg in ("l2", "margin"):
+        pretraining(tmp_path / "pretrained" / reg, REGS[reg], epochs=2)
+    short = pretraining(tmp_path / "pretrained" / "short", REGS["l2"], epochs=1, spread=5.0)
+    figures.collect(tmp_path / "pretrained", tmp_path / "most")
+    assert {(t.reg, t.recipe["epochs"]) for t in read(tmp_path / "most")} == {("l2", 2), ("margin", 2)}
+    asked = record() | {"sha256": {"pretrained": short}}
+    figures.collect(tmp_path / "pretrained", tmp_path / "asked", [asked])
+    assert {(t.reg, t.recipe["epochs"]) for t in read(tmp_path / "asked")} == {("l2", 1)}
+
+
+def test_every_figure_with_data_is_drawn_as_vector_and_picture(drawn):
+    _, _, out, paths = drawn
+    names = ["figure1", "figure2_mbv1-0.25", "range_mbv1-0.25", "accuracy_bits", "accuracy_size"]
+    assert [p.name for p in paths] == [f"{name}.{suffix}" for name in names for suffix in ("svg", "png")]
+    for path in paths:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert picture.text["Identifier"].startswith("sha256:") and picture.width > 600
+                assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+
+
+def test_vectors_fit_a_page_of_any_colour_and_are_readable(drawn):
+    for path in drawn[2].glob("*.svg"):
+        text = path.read_text()
+        assert not re.search(r"(fill|stroke): *(#000000|#ffffff|black|white)", text), path
+        texts = re.findall(r"<text style=\"([^\"]*)\"", text)
+        assert texts and all("fill: #444444" in style for style in texts), path
+        assert min(float(size) for size in re.findall(r"font-size: ([0-9.]+)px", text)) >= 8, path
+        assert "dc:date" not in text and not re.search(r" $", text, re.M)
+
+
+def test_the_same_data_give_the_same_bytes(drawn, tmp_path):
+    records, weights, out, _ = drawn
+    for path in figures.write(list(reversed(records)), weights, tmp_path):
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_stale_names_what_no_longer_shows_its_data(drawn, tmp_path):
+    records, weights, out, _ = drawn
+    assert figures.stale(records, weights, out) == []
+    assert len(figures.stale(records, weights, tmp_path)) == 10  # none is there
+    changed = copy.deepcopy(records)
+    changed[0]["metrics"]["top1"] += 1
+    accuracy = [f"accuracy_{of}.{suffix}" for of in ("bits", "size") for suffix in ("svg", "png")]
+    assert figures.stale(changed, weights, out) == accuracy
+    for reg in ("l2", "linf"):
+        for suffix in ("safetensors", "csv"):
+            name = f"mbv1-0.25_{reg}.{suffix}"
+            (tmp_path / name).write_bytes((weights / name).read_bytes())
+    assert "figure1.svg" in figures.stale(records, tmp_path, out)  # linf stands in for margin
+
+
+def test_without_data_there_is_no_figure_and_damage_is_named(tmp_path):
+    assert figures.write([], tmp_path / "nowhere", tmp_path / "out") == []
+    assert figures.stale([record(stage="fp32") | {"size": {"file_mib": None}}], tmp_path, tmp_path) == []
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    (tmp_path / "x.csv").write_text("")
+    with pytest.raises(UserError, match="x.safetensors"):
+        figures.stale([], tmp_path, tmp_path)
+
+
+def test_protocols_are_never_mixed(tmp_path):
+    mine = [record("l2"), record("margin")]
+    other = [record("linf", recipe="fashion_mnist", top1=99.0)]
+    weighted = [record("smm", top1=98.0) | {"command": f"python -m r2.run reg.weight={w}"} for w in (0.1, 1.0, 10.0)]
+    figures.write(mine, tmp_path, tmp_path)
+    assert figures.stale([*other, *mine, *weighted], tmp_path, tmp_path) == []
+    assert figures.stale(other, tmp_path, tmp_path) != []
+
+
+def test_rows_put_full_precision_beside_its_own_runs():
+    vector = [record("smm", "dkm", bits=2, dim=2, fp32=58.0), record("smm", "dkm", bits=1, dim=1)]
+    rows = tradeoff.bits_rows([*vector, record("smm", "pact", fp32=None)])
+    full = {row[1][1]: row[-1] for row in rows if row[3] == "fp32"}
+    assert full == {"vector DKM": 58.0, "DKM": 60.0, "PACT": 60.0}
+    without_first = record()
+    without_first["axes"]["quantized_layers"] = "excl_first_last"
+    assert tradeoff.bits_rows([without_first]) == []
+    assert len(tradeoff.size_rows([without_first])) == 1
+
+
+def test_three_bins_and_the_layer_they_are_shown_for():
+    even = np.linspace(-1, 1, 101)
+    assert distributions.zero_bin(np.array([-4.0, -1.9, 0.0, 1.9, 2.1])) == pytest.approx(3 / 5)
+    weights = {"even": even, "outlier": np.append(even, 9.0), "constant": np.ones(4)}
+    ratio, layer = distributions.widest_layer(Trained("", "", "l2", {}, weights, {}, ""))
+    assert layer == "outlier" and ratio > 8
+
+
+def test_weights_beyond_the_scale_are_noted():
+    layers = {str(i): np.linspace(-1, 1, 50) for i in range(30)}
+    wide = {**layers, "29": np.append(layers["29"], -70.0)}
+    models = [Trained("", "m", reg, {}, weights, {}, "") for reg, weights in (("l2", wide), ("kure", layers))]
+    figure, _ = distributions.layers(models)
+    low, high = figure.axes[0].get_ylim()
+    assert -2 < low < -1 and 1 < high < 2
+    assert "\N{MINUS SIGN}70.0" in [text.get_text() for text in figure.axes[0].texts] and not figure.axes[1].texts
+
+
+def test_drawing_is_paid_for_only_where_something_is_drawn():
+    code = "import sys, r2.run, r2.figures; assert not {'matplotlib', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
