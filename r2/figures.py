@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r2.tables import protocol
 from r2.trained import Trained, collect, most_common, read
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Planned:
 
 
 def _planned(records: list[dict], weights: Path) -> Iterator[Planned]:
-    from r2 import distributions, tradeoff
+    from r2 import distributions, folding, tradeoff
 
     models: dict[str, dict[str, Trained]] = defaultdict(dict)
     for trained in read(weights):
@@ -61,18 +62,14 @@ def _planned(records: list[dict], weights: Path) -> Iterator[Planned]:
         shown = [regs[reg] for reg in distributions.ordered(regs)]
         for name, draw in (("figure2", distributions.layers), ("range", distributions.over_epochs)):
             yield Planned(f"{name}_{model}", [trained.sha256 for trained in shown], partial(draw, shown))
-    comparable = most_common([record for record in records if _protocol(record)], _protocol)
+    comparable = most_common([record for record in records if not protocol(record).changed], protocol)
     for name, rows, picture in (
+        ("accuracy_folding", folding.folding_rows(comparable, weights), folding.accuracy_folding),
         ("accuracy_bits", tradeoff.bits_rows(comparable), tradeoff.accuracy_bits),
         ("accuracy_size", tradeoff.size_rows(comparable), tradeoff.accuracy_size),
     ):
         if rows:
             yield Planned(name, rows, partial(picture, rows))
-
-
-def _protocol(record: dict) -> tuple | None:
-    """What records of one figure share; None keeps a record out of all."""
-    return None if "reg.weight=" in record["command"] else (record["axes"]["data"], record["choices"]["recipe"])
 
 
 def digest(planned: Planned) -> str:
@@ -81,7 +78,8 @@ def digest(planned: Planned) -> str:
 
 
 def write(records: list[dict], weights: Path, out: Path) -> list[Path]:
-    """Draw every figure that has data: figure1, figure2_<model>, range_<model>, accuracy_bits and accuracy_size.
+    """Draw every figure that has data: figure1, figure2_<model>, range_<model>, accuracy_bits, accuracy_size
+    and accuracy_folding.
 
     The data are those of one protocol, the one with the most records. In an SVG text, axes and L2 are #444444 on a
     transparent ground, for a page to put its own colour there; a PNG is white. Both hold the figure's digest as

@@ -8,13 +8,14 @@ Writes <folder>/<data>/tables.{md,csv,tex} and figures/, <folder>/claims.md and 
 """
 
 import argparse
+import html
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from r2 import claims, figures, record, tables
+from r2 import claims, figures, folding, record, tables
 from r2.config import UserError
 from r2.store import write as write_file
 from r2.tables import REGULARIZERS, TABLES, Cells, Column, Protocol, Row
@@ -40,7 +41,8 @@ def write(folder: Path, pretrained: Path | None = None) -> None:
         for suffix, render in tables.WRITTEN.items():
             write_file(place / f"tables.{suffix}", render(of_data).encode())
         if pretrained is not None and pretrained.is_dir():
-            figures.collect(pretrained, place / "weights")
+            figures.collect(pretrained, place / "weights", of_data)
+            folding.collect(pretrained, place / "weights", of_data)
         figures.write(of_data, place / "weights", place / "figures")
     write_file(folder / "claims.md", claims.markdown(records).encode())
     write_file(folder / "report.html", page(records, folder).encode())
@@ -114,20 +116,24 @@ def _mean(by_seed: dict[int, float]) -> float:
 
 def _figures(folder: Path) -> Iterable[tuple[str, str]]:
     """(caption, inline SVG in the page's own text colour) of each figure."""
-    for path in sorted(folder.glob("*.svg")):
+    from r2.distributions import INK
+
+    for path in sorted(folder.glob("*.svg"), key=lambda path: (not path.stem.startswith("figure"), path.stem)):
         svg = path.read_text()
-        svg = svg[svg.index("<svg") :].replace(figures.INK, "currentColor")
+        sentence = re.search(r"<dc:description>(.*?)</dc:description>", svg, re.DOTALL)
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+        svg = svg.replace(INK, "currentColor")
         for size in ("width", "height"):  # the page's width decides
             svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
         # Ids are unique per file only; two figures on one page must not share them.
         svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)
-        yield figures.caption(path.stem), svg
+        yield html.unescape(sentence[1]) if sentence else path.stem, svg
 
 
 def _notes(path: Path) -> str:
     from markdown_it import MarkdownIt
 
-    return MarkdownIt().enable("table").render(path.read_text()) if path.exists() else ""
+    return MarkdownIt("commonmark", {"html": False}).enable("table").render(path.read_text()) if path.exists() else ""
 
 
 def _provenance(records: list[dict]) -> str:

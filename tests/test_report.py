@@ -18,12 +18,13 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 @pytest.fixture
 def folder(tmp_path):
     """Records of three seeds, one of them with another weight of the regularizer."""
-    records = [none(reg, seed, top1 + seed) for seed in range(3) for reg, top1 in (("l2", 10), ("linf", 30), ("margin", 40))]
+    values = {"l2": 10, "linf": 30, "margin": 40}
+    records = [none(reg, seed, top1 + seed) for seed in range(3) for reg, top1 in values.items()]
     records.append(record(command="reg.weight=0.1"))
     (tmp_path / "records").mkdir()
     for i, found in enumerate(records):
-        found |= {"versions": {"torch": "2"}, "device": {"type": "cpu", "threads": 1}, "commit": "0123456789", "seconds": {}}
-        found |= {"size": {"file_mib": 0.1, "bits_per_weight": 4.0}}
+        found |= {"versions": {"torch": "2"}, "device": {"type": "cpu", "threads": 1}, "commit": "0123456789"}
+        found |= {"sha256": {"pretrained": "f"}, "seconds": {}, "size": {"file_mib": 0.1, "bits_per_weight": 4.0}}
         (tmp_path / "records" / f"{i}.json").write_text(json.dumps(found))
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "notes.md").write_text("A *finding* <script>alert(1)</script>")
@@ -75,7 +76,8 @@ def test_a_browser_lays_the_page_out_for_a_phone(folder, tmp_path, page):
     shown = folder / "report.html" if page == "made" else ROOT / "results" / "report.html"
     probe = (
         "<script>const d = document.documentElement, t = [...document.querySelectorAll('table')];"
-        "document.title = [d.scrollWidth, d.clientWidth, t.length, t.every(x => x.offsetHeight > 20)].join(' ')</script>"
+        "const laid = t.every(x => x.offsetHeight > 20);"
+        "document.title = [d.scrollWidth, d.clientWidth, t.length, laid].join(' ')</script>"
     )
     copy = tmp_path / "probe.html"
     copy.write_text(shown.read_text().replace("</body>", probe + "</body>"))
