@@ -58,7 +58,7 @@ def three_bins(l2: Trained, regularized: Trained) -> tuple[Figure, str]:
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
     limit = max(np.abs(trained.weights[layer]).max() for trained in (l2, regularized))
-    edges = np.linspace(-limit, limit, 142)
+    edges = np.linspace(-limit, limit, 2 * round(4 * limit / l2.weights[layer].std()) + 2)  # a quarter of its deviation
     for row, trained in enumerate((l2, regularized)):
         w = trained.weights[layer]
         top.stairs(np.histogram(w, edges, density=True)[0], edges, color=colour(trained.reg), linewidth=1.5)
@@ -73,8 +73,9 @@ def three_bins(l2: Trained, regularized: Trained) -> tuple[Figure, str]:
     below.spines["left"].set_visible(False)
     shares = [f"{zero_bin(t.weights[layer]):.1%} with {label(t.reg)}" for t in (l2, regularized)]
     return figure, (
-        f"Weights of {name}, the layer whose range is the largest multiple ({ratio:.0f}) of its standard deviation "
-        f"under L2. Three bins on a distribution's own range round {' and '.join(shares)} to zero; dots are outliers."
+        f"Weights of {name}, of all layers the one whose range is the largest multiple of its standard deviation under "
+        f"L2 ({ratio:.0f}). Three bins on a distribution's own range round {' and '.join(shares)} to zero; dots are "
+        "outliers."
     )
 
 
@@ -95,7 +96,7 @@ def layers(models: list[Trained]) -> tuple[Figure, str]:
     figure = Figure(figsize=(5.2, 0.5 + 1.75 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
     stats = [boxplot_stats(list(trained.weights.values())) for trained in models]
-    # One scale for all panels, and few weights must not flatten every box: what lies beyond is counted at the edge.
+    # One scale for all panels, and few weights must not flatten every box: what lies beyond is marked at the edge.
     sizes = [np.abs(w).max() for trained in models for w in trained.weights.values()]
     limit = min(max(sizes), 1.5 * np.quantile(sizes, 0.9))
     for ax, trained, boxes in zip(axes, models, stats, strict=False):
