@@ -1,6 +1,5 @@
 """The command line: one clear line per mistake, before torch is imported; then the flow on made-up data."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -8,11 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ENV, SMALL
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import open_dict
 
-from r2 import cli
 from r2.store import digest
 
 
@@ -87,24 +82,3 @@ def test_not_finite_stops_with_the_layer(r2):
     done = r2(*SMALL, "recipe.lr=1e30", "recipe.epochs=2")
     assert done.returncode == 2
     assert "not finite at step" in done.stderr and "largest gradient is in" in done.stderr
-
-
-@pytest.mark.parametrize("table, jobs", [(1, 2), (2, 60), (3, 24), (4, 24), (5, 24), (6, 8)])
-def test_a_table_is_one_experiment(table, jobs):
-    """Its cells compose and pass the check."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        hydra = compose("config", [f"experiment=table{table}"], return_hydra_config=True).hydra
-        params = [[f"{k}={v}" for v in str(values).split(",")] for k, values in hydra.sweeper.params.items()]
-        cells = list(itertools.product(*params))
-        assert len(cells) == jobs and hydra.mode.name == "MULTIRUN"
-        dims = set()
-        for cell in cells[:: 1 if len(cells) < 10 else 7]:  # a share of the long ones
-            cfg = compose("config", [f"experiment=table{table}", *cell], return_hydra_config=True)
-            choices = dict(cfg.hydra.runtime.choices)
-            with open_dict(cfg):
-                del cfg["hydra"]
-            config = cli.resolve(cfg, choices, list(cell))
-            dims.add((config["choices"]["reg"], config["reg"].get("dim"), config["stage"].get("dim")))
-        if table == 6:
-            assert dims == {("l2", None, 2), ("l2", None, 4), ("smm", 2, 2), ("smm", 4, 4)}

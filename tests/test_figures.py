@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from r2 import distributions, figures, store, tradeoff
+from r2 import distributions, figures, folding, store, tradeoff
 from r2.config import UserError
 from r2.trained import Trained, read
 
@@ -58,6 +58,8 @@ def record(reg="l2", stage="ewgs", seed=0, bits=2, top1=50.0, recipe="study", di
         "fp32": fp32 and {"top1": fp32},
         "size": {"file_mib": bits / 20},
         "choices": {"data": "fashion_mnist", "recipe": recipe},
+        "config": {"recipe": {"epochs": 2, "finetune": {"epochs": 1}}},
+        "sha256": {"pretrained": None},
         "command": "python -m r2.run",
     }
 
@@ -197,3 +199,35 @@ def test_weights_beyond_the_scale_are_noted():
 def test_drawing_is_paid_for_only_where_something_is_drawn():
     code = "import sys, r2.run, r2.figures; assert not {'matplotlib', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_dead_channel_sets_the_folded_range():
+    """gamma / sqrt(0 + eps) against gamma / sqrt(1 + eps): 316 times, whatever the weights."""
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.Conv2d(5, 4, 1))
+    with torch.no_grad():
+        layers[0].weight.fill_(0.5)
+        layers[1].running_var[2] = 0.0
+        ((name, (trained, folded, variance)),) = folding.spreads(layers).items()
+    assert name == "0" and trained == 1 and folded == pytest.approx((1 / 1e-5) ** 0.5, rel=1e-3) and variance == 0
+
+
+def test_folding_is_collected_of_the_pretrainings_of_records(tmp_path):
+    from r2.models import mobilenet_v1
+
+    torch.manual_seed(0)
+    state = mobilenet_v1(10, 0.25).state_dict()
+    state["features.1.1.running_var"][3] = 0
+    config = {"model": {"_target_": "r2.models.mobilenet_v1", "width_mult": 0.25}}
+    for name, sha256 in (("known", "a"), ("other", "b")):
+        (tmp_path / "pretrained" / name).mkdir(parents=True)
+        store.write_json(tmp_path / "pretrained" / name / "config.json", config)
+        saved = {"format": "r2", "key": "", "model": state, "info": {"sha256": sha256}}
+        store.save(tmp_path / "pretrained" / name / "model.pt", saved)
+    rounded = record(stage="none", bits=4, top1=10.0)
+    rounded["axes"]["act_bits"] = 8
+    rounded |= {"sha256": {"pretrained": "a"}}
+    for _ in range(2):  # what is there already stays
+        folding.collect(tmp_path / "pretrained", tmp_path / "weights", [rounded])
+    ((model, reg, spread, top1),) = folding.folding_rows([rounded], tmp_path / "weights")
+    assert (model, reg, top1) == ("mbv1-0.25", "l2", 10.0) and spread > 100
+    assert (tmp_path / "weights" / "folding.csv").read_text().count("\n") == 2

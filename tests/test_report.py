@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from test_tables import none, record
 
 from r2 import claims, figures, report, tables
 from r2.record import read_all
-from tests.test_tables import none, record
 
 ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

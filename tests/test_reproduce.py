@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ENV, SMALL
 
 from r2 import plan, reproduce
 from r2.tables import FP32, Column, paper
-from tests.conftest import ENV, SMALL
 
 TINY = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=50", "recipe.batch_size=32"]
 
@@ -28,7 +28,7 @@ def test_a_planned_run_and_its_command_are_the_same_run():
         assert again.name == cell.name and "experiment" not in " ".join(cell.config["overrides"])
 
 
-@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in "235"), "4", "6"])
+@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in "1235"), "4", "6"])
 def test_every_table_of_the_paper_is_planned_whole(number):
     cells = plan.cells([f"table{number}"], ["data=imagenet"])
     planned = {((c.axes["model"], c.axes["reg"]), Column(*[c.axes[f] for f in Column._fields])) for c in cells}
@@ -60,6 +60,31 @@ def test_brackets_keep_their_commas():
     assert plan.duration(59) == "59 s" and plan.duration(7200) == "2.0 h" and plan.duration(600) == "10 min"
 
 
+def test_a_plan_counts_what_is_missing_and_writes_nothing(tmp_path, capsys):
+    words = ["table=3", *TINY, "reg=l2,margin", "seeds=0,1", f"out={tmp_path / 'out'}", "plan=true"]
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(words)
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "4 runs, 0 finished, 4 missing, which need 4 pretrainings" in said
+    assert re.search(r"estimated \S+ (s|min) on this machine's CPU", said) and not (tmp_path / "out").exists()
+
+
+def test_speeds_come_from_records_of_the_same_kind_of_device():
+    (cell,) = plan.cells_of(["data=fake", "model=mbv1", "stage=ewgs", "recipe.epochs=10", "stage.epochs=5"])
+    found = {
+        "axes": cell.axes,
+        "device": {"type": "cpu"},
+        "processes": 2,
+        "seconds": {"pretrain": 3.0, "ewgs": 4.0},
+        "images_per_second": {"pretrain": 100.0, "stage": 50.0},
+    }
+    speeds = plan.Speeds([found], "cpu", processes=4)
+    assert speeds.pretraining(cell) == (10 * 256 / 200, "records") and speeds.stage(cell) == (5 * 256 / 100, "records")
+    (rounding,) = plan.cells_of(["data=fake", "model=mbv1", "stage=none"])
+    assert speeds.stage(rounding) == (0.0, plan.UNKNOWN)
+
+
+@pytest.mark.slow
 def test_plan_run_and_rerun(tmp_path):
     """Two of the four runs share a pretraining; a failing one does not stop the others; nothing is done twice."""
     words = ["table=3", *TINY, "reg=l2,margin", "seeds=0,1"]
