@@ -109,7 +109,7 @@ def main(program: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach this function
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
     if sweep:  # Hydra knows the flag only in front of the keys
-        sys.argv[1:] = ["-m", *[a for a in sys.argv[1:] if a not in ("-m", "--multirun")]]
+        sys.argv[1:] = ["-m", *sweep_words([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])]
     try:
         hydra.main(config_path=CONFIGS, config_name="config", version_base="1.3")(_job)()
     except UserError:
@@ -130,6 +130,19 @@ def main(program: str) -> None:
                 file=sys.stderr,
             )
         raise SystemExit(1) from None
+
+
+def sweep_words(words: list[str]) -> list[str]:
+    """A fixed key of a swept group as an axis of one value.
+
+    Hydra checks fixed keys once, without the sweep: it would look for stage.batches of `stage=dfq,adaround` in fp32.
+    """
+    swept = {key for key, _, value in (word.partition("=") for word in words) if "," in value and key in GROUPS}
+    pairs = [(word, *word.partition("=")[::2]) for word in words]
+    return [
+        f"{key}=choice({value})" if key.partition(".")[0] in swept - {key} and value and "," not in value else word
+        for word, key, value in pairs
+    ]
 
 
 def one_line(error: BaseException) -> str:

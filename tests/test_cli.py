@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ENV, SMALL
 
+from r2 import cli
 from r2.store import digest
 
 
@@ -82,3 +83,13 @@ def test_not_finite_stops_with_the_layer(r2):
     done = r2(*SMALL, "recipe.lr=1e30", "recipe.epochs=2")
     assert done.returncode == 2
     assert "not finite at step" in done.stderr and "largest gradient is in" in done.stderr
+
+
+def test_a_fixed_key_of_a_swept_group_is_an_axis():
+    words = ["stage=dfq,adaround", "stage.granularity=channel", "stage.bits=2,4", "reg=l2", "reg.factor=2", "seed=1"]
+    assert cli.sweep_words(words) == ["stage=dfq,adaround", "stage.granularity=choice(channel)", *words[2:]]
+
+
+def test_a_swept_group_takes_a_key_that_the_default_lacks(r2):
+    done = r2("-m", *SMALL, "stage=none,dfq", "stage.percentile=200")
+    assert "stage.percentile=200" in done.stderr and "unknown" not in done.stderr
