@@ -98,7 +98,8 @@ def layers(models: list[Trained]) -> tuple[Figure, str]:
     stats = [boxplot_stats(list(trained.weights.values())) for trained in models]
     # One scale for all panels, and few weights must not flatten every box: what lies beyond is marked at the edge.
     sizes = [np.abs(w).max() for trained in models for w in trained.weights.values()]
-    limit = min(max(sizes), 1.5 * np.quantile(sizes, 0.9))
+    usual = 1.5 * np.quantile(sizes, 0.9)
+    limit = max(sizes) if max(sizes) < 1.5 * usual else usual
     for ax, trained, boxes in zip(axes, models, stats, strict=False):
         line = {"color": INK, "linewidth": 0.8}
         ax.bxp(boxes, showfliers=False, widths=0.6, showcaps=False, boxprops=line, medianprops=line, whiskerprops=line)
