@@ -33,18 +33,19 @@ class Claim(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What records say of a claim; `interval` is None with fewer than two seeds."""
+    """What records say of a claim; `interval` is None with fewer than two seeds, `models` has each one's effect."""
 
     effect: float
     interval: tuple[float, float] | None
     seeds: int
-    models: tuple[str, ...]
+    models: dict[str, float]
     verdict: Literal["holds", "does not hold", "undecided"]
 
 
 R2 = ("linf", "margin", "smm")
 _PTQ = {stage: (Column(stage, 4, 8),) for stage in ("none", "dfq", "adaround")}
 _QAT2 = tuple(Column(stage, 2, 2) for stage in ("pact", "lsq", "ewgs"))
+_EWGS2 = (Column("ewgs", 2, 2),)
 _QAT4 = tuple(Column(stage, 4, 4) for stage in ("lsq", "ewgs"))
 _DKM = {bits: (Column("dkm", bits, None, 1),) for bits in (1, 2, 4)}
 
@@ -55,29 +56,30 @@ def _over(better: tuple[str, ...], worse: tuple[str, ...], columns: tuple[Column
 
 # R2 of a table are the regularizers that the paper's table has.
 CLAIMS = [
-    Claim("R2 (L-inf, margin) beats L2 in 4-bit post-training quantization without advanced techniques",
+    Claim("R2 (L-inf, margin) beats L2 in 4-bit post-training quantization with nearest rounding",
           "4.2.1", ("2",), _over(R2[:2], ("l2",), _PTQ["none"])),
-    Claim("... and beats KURE", "4.2.1", ("2",), _over(R2[:2], ("kure",), _PTQ["none"])),
-    Claim("... and beats 10x L2, which does not remove outliers", "4.2.1", ("2",),
+    Claim("R2 beats KURE with nearest rounding", "4.2.1", ("2",), _over(R2[:2], ("kure",), _PTQ["none"])),
+    Claim("R2 beats 10x L2, which does not remove outliers, with nearest rounding", "4.2.1", ("2",),
           _over(R2[:2], ("l2_10x",), _PTQ["none"])),
-    Claim("KURE is more effective than L2 there", "4.2.1", ("2",), _over(("kure",), ("l2",), _PTQ["none"])),
+    Claim("KURE beats L2 with nearest rounding", "4.2.1", ("2",), _over(("kure",), ("l2",), _PTQ["none"])),
     Claim("R2 beats L2 with DFQ", "4.2.1", ("2",), _over(R2[:2], ("l2",), _PTQ["dfq"])),
     Claim("R2 beats L2 with AdaRound", "4.2.1", ("2",), _over(R2[:2], ("l2",), _PTQ["adaround"])),
     Claim("Cross-layer equalization (DFQ) does not help models trained with KURE and R2", "4.2.1", ("2",),
           (Term(1, ("kure", *R2[:2]), _PTQ["none"]), Term(-1, ("kure", *R2[:2]), _PTQ["dfq"])), "no loss"),
     Claim("R2 (L-inf, margin) beats L2 in 2-bit EWGS of all layers", "4.2.2", ("3",),
-          _over(R2[:2], ("l2",), (Column("ewgs", 2, 2),))),
-    Claim("... and beats KURE", "4.2.2", ("3",), _over(R2[:2], ("kure",), (Column("ewgs", 2, 2),))),
+          _over(R2[:2], ("l2",), _EWGS2)),
+    Claim("R2 beats KURE in 2-bit EWGS of all layers", "4.2.2", ("3",), _over(R2[:2], ("kure",), _EWGS2)),
     Claim("R2 (all three) improves 2-bit training by PACT, LSQ and EWGS over L2", "4.2.2", ("4",),
           _over(R2, ("l2",), _QAT2)),
-    Claim("... by LSQ alone", "4.2.2", ("4",), _over(R2, ("l2",), (Column("lsq", 2, 2),))),
-    Claim("Little difference at 4 bits, by LSQ and EWGS", "4.2.2", ("4",), _over(R2, ("l2",), _QAT4),
+    Claim("R2 improves 2-bit training by LSQ over L2", "4.2.2", ("4",), _over(R2, ("l2",), (Column("lsq", 2, 2),))),
+    Claim("R2 makes little difference in 4-bit training by LSQ and EWGS", "4.2.2", ("4",), _over(R2, ("l2",), _QAT4),
           "no difference"),
     Claim("Soft-min-max is not as good as L-inf and margin for quantization, at 2 bits", "4.2.2", ("4",),
           _over(R2[:2], ("smm",), _QAT2)),
     Claim("R2 improves DKM at 1 bit over L2", "4.3", ("5",), _over(R2, ("l2",), _DKM[1])),
-    Claim("... at 2 bits", "4.3", ("5",), _over(R2, ("l2",), _DKM[2])),
-    Claim("No significant difference at 4 bits", "4.3", ("5",), _over(R2, ("l2",), _DKM[4]), "no difference"),
+    Claim("R2 improves DKM at 2 bits over L2", "4.3", ("5",), _over(R2, ("l2",), _DKM[2])),
+    Claim("R2 makes no significant difference in DKM at 4 bits", "4.3", ("5",), _over(R2, ("l2",), _DKM[4]),
+          "no difference"),
     Claim("Soft-min-max helps compression (DKM, 1 bit) more than 2-bit quantization, against L-inf and margin",
           "4.2.2", ("4", "5"),
           (*_over(("smm",), R2[:2], _DKM[1]), *_over(R2[:2], ("smm",), _QAT2))),
@@ -123,12 +125,12 @@ def verdict(claim: Claim, found: tuple[float, float] | None) -> Literal["holds",
 
 def judge(claim: Claim, cells: Cells) -> Finding | None:
     """The claim over measured cells, or None where they do not hold the comparison."""
-    by_model: dict[str, dict[int, dict]] = {}
+    found_values: dict[str, dict[int, dict]] = {}
     for ((model, reg), column), by_seed in cells.items():
         for seed, top1 in by_seed.items():
-            by_model.setdefault(model, {}).setdefault(seed, {})[reg, column] = top1
+            found_values.setdefault(model, {}).setdefault(seed, {})[reg, column] = top1
     effects: dict[int, dict[str, float]] = {}
-    for model, seeds in by_model.items():
+    for model, seeds in found_values.items():
         for seed, values in seeds.items():
             found = effect(claim, values)
             if found is not None:
@@ -138,9 +140,9 @@ def judge(claim: Claim, cells: Cells) -> Finding | None:
     if not whole:
         return None
     per_seed = [sum(of_seed.values()) / len(of_seed) for of_seed in whole]
-    found_interval = interval(per_seed)
-    return Finding(sum(per_seed) / len(per_seed), found_interval, len(per_seed), tuple(sorted(models)),
-                   verdict(claim, found_interval))  # fmt: skip
+    by_model = {model: sum(of_seed[model] for of_seed in whole) / len(whole) for model in sorted(models)}
+    low_high = interval(per_seed)
+    return Finding(sum(per_seed) / len(per_seed), low_high, len(per_seed), by_model, verdict(claim, low_high))
 
 
 def of_paper(claim: Claim) -> float:
@@ -165,13 +167,14 @@ def findings(records: Iterable[dict]) -> dict[Protocol, list[tuple[Claim, Findin
 
 def rows(found: list[tuple[Claim, Finding]]) -> list[list[str]]:
     """Header and one row per claim, as text."""
-    header = ["Claim", "Paper's section", "Paper's effect", "Effect", f"{CONFIDENCE:.0%} interval", "Seeds", "Models",
+    header = ["Claim", "Paper's section", "Paper's effect", "Effect", f"{CONFIDENCE:.0%} interval", "Seeds", "By model",
               "Verdict"]  # fmt: skip
     table = [header]
     for claim, finding in found:
         low_high = f"{finding.interval[0]:+.2f} to {finding.interval[1]:+.2f}" if finding.interval else "-"
         table.append([claim.text, claim.source, f"{of_paper(claim):+.2f}", f"{finding.effect:+.2f}", low_high,
-                      str(finding.seeds), ", ".join(finding.models), finding.verdict])  # fmt: skip
+                      str(finding.seeds), ", ".join(f"{m} {e:+.2f}" for m, e in finding.models.items()),
+                      finding.verdict])  # fmt: skip
     return table
 
 

@@ -96,11 +96,12 @@ def reproduce(request: Request) -> int:
     failed = [cell for cell in missing if not (cell.directory / "record.json").exists()]
     for cell in failed:
         print(f"r2: failed: {record.command(cell.config)}", file=sys.stderr)
+    folder = request.records.parent if request.records else out
     if request.records is not None:
         collect(cells, request.records)
-        report.write(request.records.parent, out / "pretrained")
-    elif len(failed) < len(cells):
-        report.write(out, out / "pretrained")
+    if len(failed) < len(cells):
+        report.write(folder, out / "pretrained")
+        print(f"r2: tables, figures and claims are in {folder}; all of it on one page: {folder / 'report.html'}")
     return len(failed)
 
 

@@ -134,7 +134,7 @@ def test_a_seed_that_lacks_a_model_does_not_count():
     records = [none(reg, seed, top1, model) for model, seed in places for reg, top1 in values.items()]
     (cells,) = tables.measured(records).values()
     found = claims.judge(NONE_CLAIM, cells)
-    assert found.seeds == 1 and found.models == ("mbv1-0.25", "mbv2-0.25") and found.effect == 15
+    assert found.seeds == 1 and found.models == {"mbv1-0.25": 15, "mbv2-0.25": 15} and found.effect == 15
 
 
 def test_every_claim_can_be_asked_of_the_paper():
