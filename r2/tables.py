@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-PAPER = Path(__file__).parents[1] / "results" / "paper"
+_here = Path(__file__).parent
+PAPER = _here / "paper" if (_here / "paper").is_dir() else _here.parent / "results" / "paper"
 REGULARIZERS = {
     "l2": "L2",
     "l2_10x": "10x L2",
