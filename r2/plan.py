@@ -85,7 +85,12 @@ def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
     found: dict[str, Cell] = {}
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         for name in names:
-            grid = axes_of(name) | {key: _values(value) for key, value in given.items()}
+            grid = axes_of(name)
+            # Table 7 is of QNLI: asked for along with ImageNet's tables, it keeps its data and what goes with them.
+            other = "data" in grid and given.get("data") not in (None, *grid["data"])
+            kept = ("data", "recipe", "model") if other else ()
+            asked = {key: value for key, value in given.items() if key.partition(".")[0] not in kept}
+            grid |= {key: _values(value) for key, value in asked.items()}
             seeds = [_seed(value) for value in grid.pop("seed", ["0"])]
             for values in itertools.product(*grid.values()):
                 config = _compose(name, [f"{key}={value}" for key, value in zip(grid, values, strict=True)])

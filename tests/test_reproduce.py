@@ -7,6 +7,7 @@ import pytest
 from conftest import ENV, SMALL
 
 from r2 import plan, reproduce
+from r2.config import UserError
 from r2.tables import FP32, Column, paper
 
 TINY = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=50", "recipe.batch_size=32"]
@@ -110,3 +111,8 @@ def test_plan_run_and_rerun(tmp_path):
     assert "<html" in (tmp_path / "kept" / "report.html").read_text()
     after = program(tmp_path, *words, f"records={tmp_path / 'kept' / 'records'}", "plan=true")
     assert "4 runs, 4 finished, 0 missing" in after.stdout
+
+
+def test_jobs_share_gpus_and_each_takes_one():
+    with pytest.raises(UserError, match="jobs=4: this machine has 2 GPUs"):
+        reproduce.run_all([], 4, ["0", "1"])
