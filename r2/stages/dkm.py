@@ -12,7 +12,7 @@ from r2.data.batches import Data
 from r2.dist import sync_batchnorm
 from r2.palettize import Palette
 from r2.quantizers.layers import compressed, layer_bits, quantizable, signal_to_noise, swap
-from r2.recipe import Recipe, finetuning, sgd
+from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.regularizers import Regularizer
 from r2.stages.stage import Stage
 from r2.store import Run
@@ -59,7 +59,7 @@ class DKM(Stage):
         self.cluster(model, run.seed)
         initial = evaluate(model, data, run.world, recipe)
         clustered = time.monotonic()
-        done = train(model, data, recipe, run, "dkm", [sgd(model, recipe)], batchnorm=self.batchnorm)
+        done = train(model, data, recipe, run, "dkm", [optimizer_of(model, recipe)], batchnorm=self.batchnorm)
         images, _ = next(data.calibration(self.batch_size, run.seed))
         left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
         return model, {
