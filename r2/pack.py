@@ -29,7 +29,7 @@ from r2.config import UserError
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import Quantizer, calibrate, compressed, quantizable, swap
+from r2.quantizers.layers import LAYERS, Quantizer, calibrate, compressed, quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 
@@ -74,7 +74,7 @@ def size(model: nn.Module) -> dict[str, float | int | None]:
     """What the compressed model takes, counted without the file's header.
 
     Returns:
-        weights, compressed_weights: conv and linear weights, and those of compressed layers.
+        weights, compressed_weights: those of convolutions, linear layers and embeddings, and of compressed layers.
         bits_per_weight: over the compressed layers, None if there is none; bits_per_weight_all: over all layers.
         float_bytes: kept in float32: biases, BatchNorm, scales, centroids, layers left out. mib: all, in 2^20 bytes.
     """
@@ -114,9 +114,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if name in layers:
             found |= {f"{name}.{part}": tensor for part, tensor in _parts(module).items()}
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            kept = {"bias": module.bias} if name in layers else {"weight": module.weight, "bias": module.bias}
-            found |= {f"{name}.{part}": tensor.data for part, tensor in kept.items() if tensor is not None}
+        if isinstance(module, LAYERS):
+            kept = ("bias",) if name in layers else ("weight", "bias")
+            own = {part: getattr(module, part, None) for part in kept}  # an embedding has no bias
+            found |= {f"{name}.{part}": tensor.data for part, tensor in own.items() if tensor is not None}
         elif state := _state(module):
             found[name] = torch.cat([value.reshape(-1) for value in state.values()])
     # Copies, because a safetensors file has no shared or transposed storage.
@@ -253,8 +254,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str])
 
     layers = compressed(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            if f"{name}.bias" in tensors or module.bias is not None:  # a folded BatchNorm leaves a bias
+        if isinstance(module, LAYERS):
+            # a folded BatchNorm leaves a bias, an embedding has none
+            if f"{name}.bias" in tensors or getattr(module, "bias", None) is not None:
                 module.bias = nn.Parameter(take(f"{name}.bias", module.weight.shape[0]))
             if name not in layers:
                 weight = take(f"{name}.weight", *module.weight.shape)
