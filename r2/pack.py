@@ -15,6 +15,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from r2 import models, store
 from r2.config import UserError
+from r2.hub import need_extra
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
 from r2.quantizers.ewgs import EWGS
@@ -34,7 +36,21 @@ from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 
 FORMAT = 1
-_MODELS = {build.__name__: build for build in (models.resnet18, models.mobilenet_v1, models.mobilenet_v2)}
+
+
+def _mobilebert(num_classes: int, settings: dict[str, Any]) -> nn.Module:
+    need_extra()
+    from r2.mobilebert import network
+
+    return network(num_classes, settings)
+
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": models.resnet18,
+    "mobilenet_v1": models.mobilenet_v1,
+    "mobilenet_v2": models.mobilenet_v2,
+    "mobilebert": _mobilebert,
+}
 _METHODS: dict[str, type[Quantizer]] = {
     method.__name__.lower(): method for method in (EWGS, LSQ, PACT, Affine, Palette)
 }
@@ -44,7 +60,7 @@ _WIDEST = 16  # bits of a code; a wider weight is stored as it is
 
 
 def save(model: nn.Module, path: Path | str) -> None:
-    """Write a network of r2.models, compressed or not, atomically.
+    """Write a network of r2, compressed or not, atomically.
 
     Raises:
         UserError: another network, or the file cannot be written.
@@ -174,7 +190,7 @@ def _formatted(tensor: Tensor, channels_last: bool) -> Tensor:
 def _header(model: nn.Module) -> dict[str, Any]:
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, dict):
-        raise UserError(f"{type(model).__name__} cannot be packed: only the networks of r2.models can be built again")
+        raise UserError(f"{type(model).__name__} cannot be packed: only the networks of r2 can be built again")
     fresh, layers = dict(_network(architecture).named_modules()), compressed(model)
     header: dict[str, Any] = {"format": FORMAT, "architecture": architecture, "channels_last": []}
     groups: dict[str, dict] = {}
@@ -217,11 +233,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _network(architecture: dict[str, Any]) -> nn.Module:
     """The bare network, its tensors without memory."""
-    name = architecture["name"]
+    name, options = architecture["name"], {k: v for k, v in architecture.items() if k != "name"}
     if name not in _MODELS:
         raise UserError(f"its network {name!r} is none of {', '.join(_MODELS)}")
     with torch.device("meta"):
-        return _MODELS[name](architecture["num_classes"], architecture["width_mult"])
+        return _MODELS[name](**options)
 
 
 def _build(header: dict[str, Any]) -> nn.Module:

@@ -19,7 +19,7 @@ from r2.train import evaluate, train
 
 
 def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, dict]:
-    """Train from scratch with the regularizer active, unless anybody with this `out` already has.
+    """Train the new model with the regularizer active, unless anybody with this `out` already has.
 
     Returns:
         the model in evaluation mode on its device, and what is known of it: metrics, seconds, images/s, weights.

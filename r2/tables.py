@@ -27,24 +27,29 @@ REGULARIZERS = {
 }
 
 
+WHOLE = {"imagenet": 50_000, "qnli": 5_463}  # validation examples of the paper's data sets
+CHANGED = ("recipe.", "data.image_size", "data.max_length", "model.source", "model.revision", "reg.", "stage.hessian",
+           "stage.lr", "stage.epochs")  # fmt: skip
+
+
 def full_protocol(record: dict) -> bool:
-    """Whether a record may stand beside the paper's value: ImageNet with the unchanged recipe and stage."""
-    changed = ("recipe.", "data.image_size", "reg.", "stage.hessian", "stage.lr", "stage.epochs")
-    choices = record["choices"]
-    return choices["data"] == choices["recipe"] == "imagenet" and not any(key in record["command"] for key in changed)
+    """Whether a record may stand beside the paper's value: all of its data, with the unchanged recipe and stage."""
+    data = record["choices"]["data"]
+    whole = data == record["choices"]["recipe"] and record["metrics"]["images"] == WHOLE.get(data)
+    return whole and not any(key in record["command"] for key in CHANGED)
 
 
 def paper_values() -> dict[tuple, float]:
     """(model, reg, stage, weight bits, activation bits, dim, layers) to the paper's top-1 in percent."""
     values = {}
-    for path in (PAPER / name for name in ("table1_accuracy.csv", *(f"table{n}.csv" for n in range(2, 7)))):
+    for path in (PAPER / name for name in ("table1_accuracy.csv", *(f"table{n}.csv" for n in range(2, 8)))):
         for row in csv.DictReader(path.read_text().splitlines()):
             row |= {k: row["bits"] for k in ("weight_bits",) if "bits" in row}
             row |= {"activation_bits": row["bits"]} if row["stage"] == "ewgs" and "bits" in row else {}
             widths = (int(row[k]) if row.get(k) else None for k in ("weight_bits", "activation_bits", "dim"))
             layers = row.get("quantized_layers") or ("all" if row["stage"] != "fp32" else None)
             key = (row["model"], row.get("reg", "l2"), row["stage"], *widths, layers)
-            values[key] = float(row["top1"])
+            values[key] = float(row["accuracy" if "accuracy" in row else "top1"])
     return values
 
 

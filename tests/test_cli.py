@@ -89,7 +89,7 @@ def test_not_finite_stops_with_the_layer(r2):
     assert "not finite at step" in done.stderr and "largest gradient is in" in done.stderr
 
 
-@pytest.mark.parametrize("table, jobs", [(1, 2), (2, 60), (3, 24), (4, 24), (5, 24), (6, 8)])
+@pytest.mark.parametrize("table, jobs", [(1, 2), (2, 60), (3, 24), (4, 24), (5, 24), (6, 8), (7, 8)])
 def test_a_table_is_one_experiment(table, jobs):
     """Its cells compose and pass the check."""
     GlobalHydra.instance().clear()

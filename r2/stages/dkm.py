@@ -60,12 +60,12 @@ class DKM(Stage):
         initial = evaluate(model, data, run.world, recipe)
         clustered = time.monotonic()
         done = train(model, data, recipe, run, "dkm", [optimizer_of(model, recipe)], batchnorm=self.batchnorm)
-        images, _ = next(data.calibration(self.batch_size, run.seed))
+        inputs, _ = next(data.calibration(self.batch_size, run.seed))
         left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
         return model, {
             "metrics": evaluate(model, data, run.world, recipe),
             "initial": initial,
-            "sqnr_db": signal_to_noise(model, images),
+            "sqnr_db": signal_to_noise(model, inputs),
             "details": {"left_out_weights": left_out},
             "epochs": self.epochs,
             "images_per_second": done["images_per_second"],
