@@ -29,11 +29,16 @@ def test_a_planned_run_and_its_command_are_the_same_run():
         assert again.name == cell.name and "experiment" not in " ".join(cell.config["overrides"])
 
 
-@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in "1235"), "4", "6"])
+@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in "12357"), "4", "6"])
 def test_every_table_of_the_paper_is_planned_whole(number):
     cells = plan.cells([f"table{number}"], ["data=imagenet"])
     planned = {((c.axes["model"], c.axes["reg"]), Column(*[c.axes[f] for f in Column._fields])) for c in cells}
     assert planned == {key for key in paper(number) if key[1] != FP32} and len(planned) == len(cells)
+
+
+def test_table_7_keeps_its_data_among_the_others():
+    cells = plan.cells(["table1", "table7"], ["data=imagenet", "recipe.epochs=3", "reg=linf"])
+    assert {c.axes["data"]: c.config["recipe"]["epochs"] for c in cells} == {"imagenet": 3, "qnli": 10}
 
 
 @pytest.mark.parametrize(
