@@ -77,7 +77,7 @@ def reproduce(request: Request) -> int:
     """Do what was asked; returns how many runs failed."""
     import torch
 
-    from r2 import plan, record, report
+    from r2 import estimate, plan, record, report
 
     cells = plan.cells(request.experiments, request.overrides)
     out = Path(cells[0].config["out"])
@@ -86,8 +86,8 @@ def reproduce(request: Request) -> int:
         devices = cells[0].config["devices"]
         processes = max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
         published = plan.PUBLISHED if plan.PUBLISHED.is_dir() else None
-        speeds = plan.Speeds(plan.known_records([published, request.records, out]), device, processes)
-        for line in plan.describe(cells, request.records, speeds):
+        speeds = estimate.Speeds(estimate.known_records([published, request.records, out]), device, processes)
+        for line in estimate.describe(cells, request.records, speeds):
             print(line)
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ENV, SMALL
 
-from r2 import plan, reproduce
+from r2 import estimate, plan, reproduce
 from r2.config import UserError
 from r2.tables import FP32, Column, paper
 
@@ -63,7 +63,7 @@ def test_a_mistake_is_one_line(words, told, capsys):
 
 def test_brackets_keep_their_commas():
     assert plan._values("a,{b: 1, c: 2},[3,4]") == ["a", "{b: 1, c: 2}", "[3,4]"]
-    assert plan.duration(59) == "59 s" and plan.duration(7200) == "2.0 h" and plan.duration(600) == "10 min"
+    assert estimate.duration(59) == "59 s" and estimate.duration(7200) == "2.0 h" and estimate.duration(600) == "10 min"
 
 
 def test_a_plan_counts_what_is_missing_and_writes_nothing(tmp_path, capsys):
@@ -84,10 +84,10 @@ def test_speeds_come_from_records_of_the_same_kind_of_device():
         "seconds": {"pretrain": 3.0, "ewgs": 4.0},
         "images_per_second": {"pretrain": 100.0, "stage": 50.0},
     }
-    speeds = plan.Speeds([found], "cpu", processes=4)
+    speeds = estimate.Speeds([found], "cpu", processes=4)
     assert speeds.pretraining(cell) == (10 * 256 / 200, "records") and speeds.stage(cell) == (5 * 256 / 100, "records")
     (rounding,) = plan.cells_of(["data=fake", "model=mbv1", "stage=none"])
-    assert speeds.stage(rounding) == (0.0, plan.UNKNOWN)
+    assert speeds.stage(rounding) == (0.0, estimate.UNKNOWN)
 
 
 @pytest.mark.slow
