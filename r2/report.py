@@ -107,8 +107,9 @@ def _tables(
                 by_seed = cells.get((row, column))
                 base = cells.get(((row[0], "l2"), column))
                 gain = _mean(by_seed) - _mean(base) if by_seed and base and row[1] != "l2" else 0.0
-                line.append({"text": tables.text(by_seed).removesuffix(f" ({seeds})"), "gain": round(max(-1.0, min(1.0, gain / 20)), 3),
-                             "commands": commands.get((row, column), [])})  # fmt: skip
+                shown = tables.text(by_seed).removesuffix(f" ({seeds})")
+                shade = round(max(-1.0, min(1.0, gain / 20)), 3)
+                line.append({"text": shown, "gain": shade, "commands": commands.get((row, column), [])})
             rows.append({"model": row[0], "reg": REGULARIZERS.get(row[1], row[1]), "cells": line})
         of_paper = tables.paper_grid(grid.number).rows if grid.number in TABLES else []
         on = TABLES[grid.number].data if of_paper else ""
