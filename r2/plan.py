@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from r2 import record
 from r2.cli import CONFIGS, resolve
 from r2.config import UserError, build, fingerprint, identity
+from r2.hub import need_extra
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "records"
 # Training images of the published sets: a plan must not need the data.
@@ -207,22 +208,31 @@ def _images(cell: Cell, epochs: int) -> int:
 
 
 def measure(config: dict, device: str, steps: int = 2) -> float:
-    """Images/s of bare training steps of the config's model on random images of its size."""
+    """Examples/s of bare training steps of the config's model, on random images of its size or texts of full length."""
     import time
 
     import torch
     from torch.nn import functional as F
 
-    size, classes = config["data"].get("image_size", 32), 1000 if "imagenet" in config["choices"]["data"] else 10
-    batch = 256 if device == "cuda" else 4
-    model = build(config["model"], num_classes=classes).to(device, memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    inputs: Any
+    batch = min(256 if device == "cuda" else 4, config["recipe"]["batch_size"])
+    if "max_length" in config["data"]:
+        need_extra()
+        from r2.mobilebert import network
+
+        model = network(2, {"classifier_activation": False}).to(device)  # the published one; a plan downloads nothing
+        ones = torch.ones(batch, config["data"]["max_length"], dtype=torch.long, device=device)
+        inputs = {"input_ids": ones, "attention_mask": ones, "token_type_ids": ones}
+    else:
+        size, classes = config["data"].get("image_size", 32), 1000 if "imagenet" in config["choices"]["data"] else 10
+        model = build(config["model"], num_classes=classes).to(device, memory_format=torch.channels_last)
+        inputs = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=config["recipe"]["precision"] != "fp32"):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(inputs), labels)
         loss.backward()
         loss.item()
         seconds.append(time.perf_counter() - began)

@@ -228,7 +228,8 @@ def markdown(records: list[dict]) -> str:
         for grid in grids(key, cells):
             parts.append(f"**{heading(grid)}**\n\n{markdown_grid(grid.rows)}")
             if grid.number and not key.full:
-                parts.append(f"The paper's, on {TABLES[grid.number].data}:\n\n{markdown_grid(paper_grid(grid.number).rows)}")
+                rows = markdown_grid(paper_grid(grid.number).rows)
+                parts.append(f"The paper's, on {TABLES[grid.number].data}:\n\n{rows}")
     commands = "".join(f"    {command}\n" for command in sorted({record["command"] for record in records}))
     return "\n".join(parts) + "\n## The runs\n\n" + commands
 

@@ -10,7 +10,8 @@ from r2.tables import FP32, Column
 EWGS = Column("ewgs", 2, 2)
 
 
-def record(reg="linf", seed=0, top1=50.0, data="digits", command="", fp32=60.0, model="mbv1-0.25", column=EWGS, images=50_000):
+def record(reg="linf", seed=0, top1=50.0, data="digits", command="", fp32=60.0, model="mbv1-0.25", column=EWGS,
+           images=50_000):  # fmt: skip
     """As much of a record as the tables read."""
     return {
         "schema": SCHEMA,
@@ -39,9 +40,9 @@ def test_only_the_full_protocol_stands_beside_the_paper():
 
 
 def test_mobilebert_on_qnli_stands_in_table_7():
-    one_bit = Column("dkm", 1, None, 1)
-    full = record(data="qnli", images=5_463, top1=62.0, fp32=90.0, model="mobilebert", column=one_bit)
-    two_bits = record(data="qnli", images=5_463, top1=82.0, fp32=90.0, model="mobilebert", column=Column("dkm", 2, None, 1))
+    whole = {"data": "qnli", "images": 5_463, "fp32": 90.0, "model": "mobilebert"}
+    full = record(**whole, top1=62.0, column=Column("dkm", 1, None, 1))
+    two_bits = record(**whole, top1=82.0, column=Column("dkm", 2, None, 1))
     assert "| 90.00 [90.66] | 62.00 [63.17] | 82.00 [82.13] |" in tables.markdown([full, two_bits])
     other = full | {"command": "python -m r2.run data=qnli model=mobilebert model.source=DIR"}
     assert "[63.17]" not in tables.markdown([other])
