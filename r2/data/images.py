@@ -120,10 +120,9 @@ class Images(Data):
             return torch.empty(shape, dtype=torch.uint8)
         need, shared = int(np.prod(shape)), Path("/dev/shm")
         if shared.is_dir() and shutil.disk_usage(shared).free < need:
-            free = shutil.disk_usage(shared).free
             raise UserError(
-                f"data.workers={self.workers}: needs {need >> 20} MiB of shared memory, {shared} has {free >> 20} free; "
-                "lower it, or start the container with a larger --shm-size"
+                f"data.workers={self.workers}: needs {need >> 20} MiB in {shared}, which has "
+                f"{shutil.disk_usage(shared).free >> 20} free; lower it, or give the container a larger --shm-size"
             )
         return torch.empty(shape, dtype=torch.uint8).share_memory_()
 
@@ -137,10 +136,10 @@ class Images(Data):
 
     def _note(self, bad: list[tuple[str, str]]) -> None:
         self.skipped += len(bad)
-        for name, reason in bad:
+        for name, why in bad:
             if name not in self._told:
                 self._told.add(name)
-                print(f"r2: skipped {name}: {reason}", flush=True)
+                print(f"r2: skipped {name}: {why}", flush=True)
 
 
 class _Task(NamedTuple):
@@ -172,16 +171,16 @@ class _Tasks:
         return self.planned
 
     def __iter__(self) -> Iterator[_Task]:
-        batches, *rest = self._coming
+        batches, seed, epoch, train = self._coming
         pieces = (piece for batch in batches for piece in batch.split(PIECE))
         for number, piece in enumerate(pieces):  # as they are needed: an epoch has a million indices
-            yield _Task(number % self.places, piece.tolist(), *rest)
+            yield _Task(number % self.places, piece.tolist(), seed, epoch, train)
 
     def __len__(self) -> int:
         return sum(-(-len(batch) // PIECE) for batch in self._coming[0])
 
 
-def _as_it_is(done: _Done) -> _Done:
+def _as_it_is(done: Any) -> Any:
     return done
 
 
@@ -205,12 +204,12 @@ class _Decoder(torch.utils.data.Dataset):
                 try:
                     image = decode(source.read(index))
                 except (OSError, RuntimeError) as error:
-                    name, reason = source.name(index), _reason(error)
+                    name, why = source.name(index), reason(error)
                     if not self._skip:
                         raise UserError(
-                            f"{name}: cannot be decoded ({reason}); data.on_bad_image=skip leaves it out"
+                            f"{name}: cannot be decoded ({why}); data.on_bad_image=skip leaves it out"
                         ) from None
-                    bad.append((name, reason))
+                    bad.append((name, why))
                     labels[i] = IGNORED
                     place[i] = 0
                     continue
@@ -251,7 +250,7 @@ def decode(encoded: Tensor) -> Tensor:
     return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first sentence, without the function and source file that torchvision puts in front."""
     line = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
     return line.partition(". ")[0]
