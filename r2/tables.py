@@ -17,6 +17,7 @@ from r2.config import UserError
 from r2.record import read_all
 
 PAPER = Path(__file__).parents[1] / "results" / "paper"
+IMAGENET = ("imagenet", "imagenet_shards", "imagenet_dali")  # three ways to read the same images
 REGULARIZERS = {
     "l2": "L2",
     "l2_10x": "10x L2",
@@ -31,7 +32,8 @@ def full_protocol(record: dict) -> bool:
     """Whether a record may stand beside the paper's value: ImageNet with the unchanged recipe and stage."""
     changed = ("recipe.", "data.image_size", "reg.", "stage.hessian", "stage.lr", "stage.epochs")
     choices = record["choices"]
-    return choices["data"] == choices["recipe"] == "imagenet" and not any(key in record["command"] for key in changed)
+    known = choices["data"] in IMAGENET and choices["recipe"] in IMAGENET
+    return known and not any(key in record["command"] for key in changed)
 
 
 def paper_values() -> dict[tuple, float]:

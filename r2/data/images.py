@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from r2.config import UserError
 from r2.data.batches import IGNORED, Data, mix
@@ -128,7 +129,7 @@ class Images(Data):
 
     def _normalise(self, pixels: Tensor, out: Tensor) -> None:
         """uint8 pixels (n, h, w, 3) to the device, as float with zero mean and unit deviation into `out`."""
-        if out.device.type == "cuda":
+        if out.is_cuda and not pixels.is_cuda:
             pixels = pixels.pin_memory()  # its copy outlives the place, which the next task may take
         width = 3 * self.image_size
         rows = out.view(-1, width)
@@ -215,22 +216,27 @@ class _Decoder(torch.utils.data.Dataset):
                     continue
                 pixels = place[i].permute(2, 0, 1)
                 if task.train:
-                    torch.default_generator.manual_seed(mix(task.seed, task.epoch, index))
-                    self._augment(image, pixels)
+                    self._augment(image, mix(task.seed, task.epoch, index), pixels)
                 else:
                     pixels.copy_(self._plain(image))
         return _Done(task.place, labels, bad)
 
-    def _augment(self, image: Tensor, out: Tensor) -> None:
-        """RandomResizedCrop and RandomHorizontalFlip, with torchvision's draws and pixels but fewer copies."""
-        from torchvision.transforms.v2.functional import resize
+    def _augment(self, image: Tensor, seed: int, out: Tensor) -> None:
+        """What torchvision's two transforms give, with fewer copies."""
+        top, left, height, width, flip = self.draw(image, seed)
+        # Channels last in four dimensions, as torchvision's resize does not keep them: no copy changes the layout.
+        crop = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        resized = F.interpolate(crop, (self._size, self._size), mode="bilinear", antialias=True)[0]
+        out.copy_(resized.flip(-1) if flip else resized)
 
+    def draw(self, image: Tensor, seed: int) -> tuple[int, int, int, int, bool]:
+        """The draws of RandomResizedCrop (top, left, height, width) and RandomHorizontalFlip after manual_seed(seed).
+
+        They come from PyTorch's global generator.
+        """
+        torch.default_generator.manual_seed(seed)
         box = self._crop.make_params([image])
-        rows, columns = (slice(box[a], box[a] + box[b]) for a, b in (("top", "height"), ("left", "width")))
-        # Four dimensions, channels last: otherwise the resized image comes out planar, through two more copies.
-        crop = image.permute(1, 2, 0)[None, rows, columns].permute(0, 3, 1, 2)
-        resized = resize(crop, [self._size, self._size])[0]
-        out.copy_(resized.flip(-1) if torch.rand(1) < 0.5 else resized)
+        return box["top"], box["left"], box["height"], box["width"], bool(torch.rand(1) < 0.5)
 
 
 def decode(encoded: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """ImageNet as shards: tar files of images at the size that the crops need, from scripts/prepare_imagenet.py.
 
 A shard is a plain tar in WebDataset's layout, <number>.<jpg or webp> beside <number>.cls. Its index, an .npz of the
-same name, says where each image begins. So every image is one read away, and order, crops and flips of an epoch are
-those of the image folder that the shards were made from, resumable at any step.
+same name, says where each image begins. So every image is one read away, and the order of an epoch is that of the
+image folder that the shards were made from, resumable at any step.
 
-Training images have a shorter side of `stored_size` at most and are JPEG. Validation images have exactly that side and
-are lossless: with image_size = 7/8 stored_size they give the very pixels of the image folder.
+Training images have a shorter side of `stored_size` at most and are JPEG. Their crops follow the folder's distribution:
+area, shape and flip are the same draws, the place is another one, since torchvision draws it in whole pixels.
+Validation images have exactly that side and are lossless: with image_size = 7/8 stored_size they give the very pixels
+of the image folder.
 """
 
 import json
@@ -23,7 +25,8 @@ from r2.data.images import Images
 
 FORMAT = 1
 MANIFEST = "manifest.json"  # its presence says that all shards are complete
-INDEX = ("offsets", "lengths", "labels", "names")  # the arrays of a shard's index, one entry per image
+# The arrays of a shard's index, one entry per image; sizes (n, 2) are heights and widths.
+INDEX = ("offsets", "lengths", "labels", "sizes", "names")
 
 
 class Tars:
@@ -43,7 +46,8 @@ class Tars:
             for name in INDEX:
                 found[name].append(index[name])
         self._shards = np.repeat(np.arange(len(shards)), [shard["images"] for shard in shards])
-        self._offsets, self._lengths, self.labels, self._names = (np.concatenate(found[name]) for name in INDEX)
+        arrays = (np.concatenate(found[name]) for name in INDEX)
+        self._offsets, self._lengths, self.labels, self.sizes, self._names = arrays
         self._open: dict[int, int] = {}  # of this process
 
     def read(self, index: int) -> Tensor:
@@ -119,8 +123,8 @@ class Shards(Images):
                 f"data.image_size={image_size}: needs images stored at {image_size * 8 // 7}, not {stored_size}; "
                 "prepare them with that --size"
             )
-        train, val = (Tars(Path(root), manifest[split]) for split in ("train", "val"))
-        super().__init__(train, val, num_classes, image_size, workers, on_bad_image, calibration_images)
+        self._train_tars, val = (Tars(Path(root), manifest[split]) for split in ("train", "val"))
+        super().__init__(self._train_tars, val, num_classes, image_size, workers, on_bad_image, calibration_images)
 
 
 def imagenet_shards(
@@ -131,5 +135,5 @@ def imagenet_shards(
     on_bad_image: Literal["error", "skip"] = "error",
     calibration_images: Count = 2000,
 ) -> Data:
-    """ImageNet-1k in shards; the same images, order and crops as `imagenet`."""
+    """ImageNet-1k in shards; the images, their order and the kind of crops are those of `imagenet`."""
     return Shards(root, 1000, image_size, stored_size, workers, on_bad_image, calibration_images)
