@@ -389,9 +389,9 @@ def test_dali_on_the_gpu(shards):
     check_dali(shards, torch.device("cuda", 0))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is not None, reason="DALI is installed")
-def test_without_dali(shards):
+def test_without_dali(shards, monkeypatch):
     from r2.data.dali import DALIShards
 
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r"pip install 'r2\[dali\]'"):
         next(DALIShards(str(shards), 3, SIZE, STORED, 0, "error", 4).to(World()).train(8, 0, 0))

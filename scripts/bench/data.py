@@ -182,7 +182,7 @@ def main() -> None:
         seconds = time.perf_counter() - began
         stored = sum(p.stat().st_size for p in (root / "shards").glob("train-*.tar")) / 1000 / arguments.images
         print(f"{device.type}, {os.cpu_count()} cores, torch {torch.__version__}")
-        print(f"{arguments.images} JPEGs of 500x375 and {size:.0f} KB; {stored:.0f} KB in shards, made in {seconds:.0f} s")
+        print(f"{arguments.images} JPEGs of 500x375, {size:.0f} KB; {stored:.0f} KB in shards, made in {seconds:.0f} s")
         data = {
             "folder": Folder(str(root / "folder"), 2, 224, arguments.workers, "error", 16),
             "shards": Shards(str(root / "shards"), 2, 224, 256, arguments.workers, "error", 16),
