@@ -200,7 +200,8 @@ class Run:
         """curve-<phase>.csv, one row per epoch, rewritten whole so that a resumed run repeats none."""
         if self.world.main and rows:
             text = io.StringIO()
-            writer = csv.DictWriter(text, list(rows[0]))
+            # Rows from before an update of r2 may have fewer columns.
+            writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
             writer.writerows(rows)
             write(self.directory / f"curve-{phase}.csv", text.getvalue().encode())

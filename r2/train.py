@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from r2.dist import World
 from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
 from r2.store import Run
+from r2.timing import Timing, summary
 
 
 class _Stop:
@@ -66,7 +67,7 @@ def train(
         batchnorm: 'freeze' keeps the statistics that the model comes with.
 
     Returns:
-        seconds, images_per_second, and the curve's rows.
+        seconds, images_per_second (evaluation and checkpoints included), timing of the steps, and the curve's rows.
 
     Raises:
         UserError: the loss is not finite; names the step, the learning rate and the layer with the largest gradient.
@@ -97,8 +98,10 @@ def train(
     def write_checkpoint() -> None:
         nonlocal saved
         position.seconds, position.sums = before + time.monotonic() - began, sums.cpu()
+        position.timing.note_memory(device)
         run.save_state(phase, **_state(position, model, optimizers, scaler, regularizer))
         saved = time.monotonic()
+        position.timing.begin()
 
     with stop.watch(), Phase(phase, total, position.epoch * steps + position.step, world.main) as bar:
         while position.epoch < recipe.epochs:
@@ -107,7 +110,7 @@ def train(
             model.train()
             if batchnorm == "freeze":
                 _freeze_batchnorm(model)
-            batches = data.train(recipe.batch_size, run.seed, position.epoch, position.step)
+            batches = position.timing.waiting(data.train(recipe.batch_size, run.seed, position.epoch, position.step))
             losses: list[Tensor] = []
             for images, labels in batches:
                 step = position.epoch * steps + position.step
@@ -137,6 +140,8 @@ def train(
                 scaler.update()
                 sums[:3] += seen
                 position.step += 1
+                if due:
+                    position.timing.mark()
                 if bar.due():
                     bar.update(step + 1, _running(sums, position, recipe, factor * recipe.lr, steps, began, before))
                 if due and position.step < steps and _any_stop(stop, world):
@@ -145,13 +150,12 @@ def train(
                 if due and position.step < steps and time.monotonic() - saved >= run.checkpoint_seconds:
                     write_checkpoint()
             row = _epoch_row(phase, position, sums, world, data, model, recipe, regularizer, optimizers[0])
-            row["images_per_second"] = round(row["images_per_second"] / (before + time.monotonic() - began), 1)
             position.rows.append(row)
             run.write_curve(phase, position.rows)
             run.log(row)
             bar.epoch(_line(row, recipe.epochs))
             sums.zero_()
-            position.epoch, position.step = position.epoch + 1, 0
+            position.epoch, position.step, position.timing = position.epoch + 1, 0, Timing()
             last = position.epoch == recipe.epochs
             if last or time.monotonic() - saved >= run.checkpoint_seconds:
                 write_checkpoint()
@@ -159,8 +163,12 @@ def train(
                 write_checkpoint()
                 raise _interrupted(run, phase, stop)
     seconds = before + time.monotonic() - began if before == 0 or state is None else max(before, position.seconds)
-    rate = position.rows[-1]["images_per_second"] if position.rows else 0.0
-    return {"seconds": round(seconds, 2), "images_per_second": rate, "rows": position.rows}
+    return {
+        "seconds": round(seconds, 2),
+        "images_per_second": round(total * recipe.batch_size / seconds, 1),
+        "timing": summary(position.rows),
+        "rows": position.rows,
+    }
 
 
 def _freeze_batchnorm(model: nn.Module) -> None:
@@ -178,6 +186,7 @@ class _Position:
     seconds: float = 0.0
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
     rows: list[dict] = field(default_factory=list)
+    timing: Timing = field(default_factory=Timing)
 
 
 def _check_batch(recipe: Recipe, world: World, phase: str) -> None:
@@ -261,7 +270,7 @@ def _state(
     regularizer: Regularizer | None,
 ) -> dict:
     return {
-        "position": vars(position),
+        "position": asdict(position),
         "model": model.state_dict(),
         "optimizers": [o.state_dict() for o in optimizers],
         "scaler": scaler.state_dict(),
@@ -283,7 +292,8 @@ def _restore(
     scaler.load_state_dict(state["scaler"])
     if regularizer is not None:
         regularizer.load_state_dict(state["regularizer"])
-    return _Position(**state["position"])
+    saved = state["position"]
+    return _Position(**{**saved, "timing": Timing(**saved.get("timing", {}))})  # an older version saved none
 
 
 def _epoch_row(
@@ -310,7 +320,7 @@ def _epoch_row(
         "val_top1": held_out["top1"],
         "val_top5": held_out["top5"],
         "lr": optimizer.param_groups[0]["lr"],
-        "images_per_second": data.steps(recipe.batch_size) * recipe.batch_size * (position.epoch + 1),
+        **position.timing.row(recipe.batch_size, world),
         **(regularizer.log() if regularizer is not None else {}),
     }
 
