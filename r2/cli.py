@@ -27,7 +27,10 @@ def by_model(table: DictConfig, *, _root_: DictConfig) -> Any:
     """The entry of `table` for the model in use: what the paper sets per model."""
     name = str(_root_.model._target_).rsplit(".", 1)[1]
     if name not in table:
-        raise UserError(f"this recipe has no value for {name}; set recipe.lr and recipe.weight_decay")
+        raise UserError(
+            f"this recipe has no value for {name}; choose the model's data or recipe, or set recipe.lr and "
+            "recipe.weight_decay"
+        )
     return table[name]
 
 

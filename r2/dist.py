@@ -1,5 +1,6 @@
 """torch.distributed: who takes part, on which device, and how a tensor or an object gets from one to another."""
 
+import logging
 import os
 import signal
 import sys
@@ -137,6 +138,8 @@ def _start(function: Callable, config: dict, count: int) -> Any:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a worker says itself why it stops
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     settings = LaunchConfig(

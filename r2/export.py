@@ -108,6 +108,7 @@ def check(model: nn.Module, path: Path | str, data: Data, world: World) -> dict[
     model = model.to(world.device).eval()
     sums, largest = torch.zeros(4), 0.0
     for images, labels in data.to(world).val(256):
+        assert isinstance(images, Tensor)
         ours = model(images).cpu()
         theirs = torch.from_numpy(session.run(None, {"images": images.cpu().contiguous().numpy()})[0])
         labels = labels.cpu()
@@ -302,6 +303,8 @@ def _export_run(run: Path, path: Path) -> None:
     world = World()
     data = build(config["data"]).to(world)
     images, _ = next(iter(data.val(2)))
+    if not isinstance(images, Tensor):
+        raise UserError(f"{run}: its model reads text, and only models of images are exported")
     to_onnx(model, path, images)
     found = check(model, path, data, world)
     print(f"file                {path}, {path.stat().st_size / 2**20:.3f} MiB")

@@ -15,6 +15,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,30 @@ from torch import Tensor, nn
 
 from r2 import models, store
 from r2.config import UserError
+from r2.hub import need_extra
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import Quantizer, calibrate, compressed, quantizable, swap
+from r2.quantizers.layers import LAYERS, Quantizer, calibrate, compressed, quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 
 FORMAT = 1
-_MODELS = {build.__name__: build for build in (models.resnet18, models.mobilenet_v1, models.mobilenet_v2)}
+
+
+def _mobilebert(num_classes: int, settings: dict[str, Any]) -> nn.Module:
+    need_extra()
+    from r2.mobilebert import network
+
+    return network(num_classes, settings)
+
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": models.resnet18,
+    "mobilenet_v1": models.mobilenet_v1,
+    "mobilenet_v2": models.mobilenet_v2,
+    "mobilebert": _mobilebert,
+}
 _METHODS: dict[str, type[Quantizer]] = {
     method.__name__.lower(): method for method in (EWGS, LSQ, PACT, Affine, Palette)
 }
@@ -44,7 +60,7 @@ _WIDEST = 16  # bits of a code; a wider weight is stored as it is
 
 
 def save(model: nn.Module, path: Path | str) -> None:
-    """Write a network of r2.models, compressed or not, atomically.
+    """Write a network of r2, compressed or not, atomically.
 
     Raises:
         UserError: another network, or the file cannot be written.
@@ -74,7 +90,7 @@ def size(model: nn.Module) -> dict[str, float | int | None]:
     """What the compressed model takes, counted without the file's header.
 
     Returns:
-        weights, compressed_weights: conv and linear weights, and those of compressed layers.
+        weights, compressed_weights: those of convolutions, linear layers and embeddings, and of compressed layers.
         bits_per_weight: over the compressed layers, None if there is none; bits_per_weight_all: over all layers.
         float_bytes: kept in float32: biases, BatchNorm, scales, centroids, layers left out. mib: all, in 2^20 bytes.
     """
@@ -114,9 +130,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if name in layers:
             found |= {f"{name}.{part}": tensor for part, tensor in _parts(module).items()}
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            kept = {"bias": module.bias} if name in layers else {"weight": module.weight, "bias": module.bias}
-            found |= {f"{name}.{part}": tensor.data for part, tensor in kept.items() if tensor is not None}
+        if isinstance(module, LAYERS):
+            kept = ("bias",) if name in layers else ("weight", "bias")
+            own = {part: getattr(module, part, None) for part in kept}  # an embedding has no bias
+            found |= {f"{name}.{part}": tensor.data for part, tensor in own.items() if tensor is not None}
         elif state := _state(module):
             found[name] = torch.cat([value.reshape(-1) for value in state.values()])
     # Copies, because a safetensors file has no shared or transposed storage.
@@ -173,7 +190,7 @@ def _formatted(tensor: Tensor, channels_last: bool) -> Tensor:
 def _header(model: nn.Module) -> dict[str, Any]:
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, dict):
-        raise UserError(f"{type(model).__name__} cannot be packed: only the networks of r2.models can be built again")
+        raise UserError(f"{type(model).__name__} cannot be packed: only the networks of r2 can be built again")
     fresh, layers = dict(_network(architecture).named_modules()), compressed(model)
     header: dict[str, Any] = {"format": FORMAT, "architecture": architecture, "channels_last": []}
     groups: dict[str, dict] = {}
@@ -216,11 +233,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _network(architecture: dict[str, Any]) -> nn.Module:
     """The bare network, its tensors without memory."""
-    name = architecture["name"]
+    name, options = architecture["name"], {k: v for k, v in architecture.items() if k != "name"}
     if name not in _MODELS:
         raise UserError(f"its network {name!r} is none of {', '.join(_MODELS)}")
     with torch.device("meta"):
-        return _MODELS[name](architecture["num_classes"], architecture["width_mult"])
+        return _MODELS[name](**options)
 
 
 def _build(header: dict[str, Any]) -> nn.Module:
@@ -253,8 +270,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str])
 
     layers = compressed(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            if f"{name}.bias" in tensors or module.bias is not None:  # a folded BatchNorm leaves a bias
+        if isinstance(module, LAYERS):
+            # a folded BatchNorm leaves a bias, an embedding has none
+            if f"{name}.bias" in tensors or getattr(module, "bias", None) is not None:
                 module.bias = nn.Parameter(take(f"{name}.bias", module.weight.shape[0]))
             if name not in layers:
                 weight = take(f"{name}.weight", *module.weight.shape)

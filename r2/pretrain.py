@@ -11,7 +11,7 @@ from r2 import store
 from r2.config import build, fingerprint, identity
 from r2.data.batches import Data
 from r2.dist import World, sync_batchnorm
-from r2.recipe import Recipe, sgd
+from r2.recipe import Recipe, optimizer_of
 from r2.regularizers import describe
 from r2.store import Run
 from r2.trackers import Tracker
@@ -19,7 +19,7 @@ from r2.train import evaluate, train
 
 
 def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, dict]:
-    """Train from scratch with the regularizer active, unless anybody with this `out` already has.
+    """Train the new model with the regularizer active, unless anybody with this `out` already has.
 
     Returns:
         the model in evaluation mode on its device, and what is known of it: metrics, seconds, images/s, weights.
@@ -48,7 +48,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             model = sync_batchnorm(model, world)
         initial = describe(model)
         regularizer = build(config["reg"], model).to(world.device)
-        optimizer = sgd(model, recipe, regularizer)
+        optimizer = optimizer_of(model, recipe, regularizer)
         note_weights = _weights_curve(model, run)
         done = train(model, data, recipe, run, "pretrain", [optimizer], regularizer, before_epoch=note_weights)
         note_weights(recipe.epochs)

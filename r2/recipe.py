@@ -15,7 +15,10 @@ from r2.regularizers import Regularizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to optimise. `batch_size` is global: over all devices and all micro-batches of a step."""
+    """How to optimise. `batch_size` is global: over all devices and all micro-batches of a step.
+
+    `momentum` and `nesterov` are SGD's; AdamW has PyTorch's betas and epsilon.
+    """
 
     epochs: Count
     batch_size: Count
@@ -32,27 +35,36 @@ class Recipe:
     clip_norm: Positive | None = None
     sync_bn: bool = False
     finetune: dict = field(default_factory=dict)  # the stages' epochs, batch and learning rates
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["cosine", "linear"] = "cosine"
 
 
-def sgd(
+def optimizer_of(
     model: nn.Module, recipe: Recipe, regularizer: Regularizer | None = None, apart: Iterable[nn.Parameter] = ()
 ) -> Optimizer:
-    """SGD over the model with the regularizer's weight decay, and over the regularizer's own parameters.
+    """Optimizer of the model, with the regularizer's weight decay, and of the regularizer's own parameters.
 
+    SGD decays every parameter, AdamW only those with two dimensions or more (no bias, no norm), as is usual for each.
     Parameters `apart` are left to another optimizer or group.
     """
     left_out = {id(p) for p in apart}
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
     decay = recipe.weight_decay * (regularizer.decay if regularizer else 1.0)
-    groups: list[dict] = [{"params": parameters, "weight_decay": decay}]
-    groups += regularizer.param_groups(recipe.lr) if regularizer else []
-    return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.nesterov, fused=True)
+    extra = regularizer.param_groups(recipe.lr) if regularizer else []
+    if recipe.optimizer == "sgd":
+        groups: list[dict] = [{"params": parameters, "weight_decay": decay}, *extra]
+        return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=recipe.nesterov, fused=True)
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay}]
+    groups += [{"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}, *extra]
+    return torch.optim.AdamW(groups, recipe.lr, fused=True)
 
 
-def learning_rate(step: int, total: int, warmup: int) -> float:
-    """Factor on every group's learning rate: linear warm-up, then cosine to 0."""
+def learning_rate(step: int, total: int, warmup: int, schedule: str = "cosine") -> float:
+    """Factor on every group's learning rate: linear warm-up, then by `schedule` to 0."""
     if step < warmup:
         return (step + 1) / warmup
+    if schedule == "linear":
+        return (total - step) / max(1, total - warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from r2.config import UserError
 
 SCHEMA = 1
-_PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn", "transformers")
 
 
 def axes(config: dict, stage: Any) -> dict:
@@ -21,7 +21,7 @@ def axes(config: dict, stage: Any) -> dict:
     choices = config["choices"]
     return {
         "data": choices["data"],
-        "model": model_name(choices["model"], config["model"].get("width_mult", 1.0)),
+        "model": model_name(choices["model"], config["model"].get("width_mult")),
         "reg": choices["reg"],
         "stage": choices["stage"],
         "seed": config["seed"],
@@ -29,8 +29,10 @@ def axes(config: dict, stage: Any) -> dict:
     }
 
 
-def model_name(model: str, width_mult: float) -> str:
-    """mbv1-0.25; the paper's ResNet-18 has one width and no suffix."""
+def model_name(model: str, width_mult: float | None) -> str:
+    """mbv1-0.25; no suffix where there is one width, or the paper's only one: mobilebert, resnet18."""
+    if width_mult is None:
+        return model
     return "resnet18" if (model, width_mult) == ("rn18", 1.0) else f"{model}-{width_mult}"
 
 

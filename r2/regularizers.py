@@ -1,4 +1,4 @@
-"""Range regularization (paper section 3, Eq. 1-3), KURE and L2, over every convolution and linear weight.
+"""Range regularization (paper section 3, Eq. 1-3), KURE and L2, over every layer: convolution, linear, embedding.
 
 Use them in any loop:
 
@@ -58,8 +58,8 @@ def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every convolution and linear weight by name, first and last layers included."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    """Every convolution, linear and embedding weight by name, first and last layers included."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
     return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
 
 

@@ -107,7 +107,9 @@ def _tables(key: Protocol, cells: Cells, commands: dict[tuple[Row, Column], list
                              "commands": commands.get((row, column), [])})  # fmt: skip
             rows.append({"model": row[0], "reg": REGULARIZERS.get(row[1], row[1]), "cells": line})
         of_paper = tables.paper_grid(grid.number).rows if grid.number in TABLES else []
-        yield {"heading": tables.heading(grid), "columns": [c.label for c in columns], "rows": rows, "paper": of_paper}
+        on = TABLES[grid.number].data if of_paper else ""
+        labels = [c.label for c in columns]
+        yield {"heading": tables.heading(grid), "columns": labels, "rows": rows, "paper": of_paper, "paper_data": on}
 
 
 def _mean(by_seed: dict[int, float]) -> float:

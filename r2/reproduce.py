@@ -77,7 +77,7 @@ def reproduce(request: Request) -> int:
     """Do what was asked; returns how many runs failed."""
     import torch
 
-    from r2 import plan, record, report
+    from r2 import estimate, plan, record, report
 
     cells = plan.cells(request.experiments, request.overrides)
     out = Path(cells[0].config["out"])
@@ -86,13 +86,13 @@ def reproduce(request: Request) -> int:
         devices = cells[0].config["devices"]
         processes = max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
         published = plan.PUBLISHED if plan.PUBLISHED.is_dir() else None
-        speeds = plan.Speeds(plan.known_records([published, request.records, out]), device, processes)
-        for line in plan.describe(cells, request.records, speeds):
+        speeds = estimate.Speeds(estimate.known_records([published, request.records, out]), device, processes)
+        for line in estimate.describe(cells, request.records, speeds):
             print(line)
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]
     print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)
-    run_all(missing, request.jobs)
+    run_all(missing, request.jobs, visible_gpus())
     failed = [cell for cell in missing if not (cell.directory / "record.json").exists()]
     for cell in failed:
         print(f"r2: failed: {record.command(cell.config)}", file=sys.stderr)
@@ -105,28 +105,52 @@ def reproduce(request: Request) -> int:
     return len(failed)
 
 
-def run_all(cells: list, jobs: int) -> None:
-    """Run cells in processes of their own, those of one pretraining in one after the other."""
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+
+
+def run_all(cells: list, jobs: int, gpus: list[str]) -> None:
+    """Run cells in processes of their own, those of one pretraining in one after the other.
+
+    Args:
+        gpus: shared out evenly among the jobs.
+
+    Raises:
+        UserError: more jobs than GPUs.
+    """
     from r2.plan import groups
 
-    waiting, running = groups(cells), list[SpawnProcess]()
+    if gpus and jobs > len(gpus):
+        raise UserError(f"jobs={jobs}: this machine has {len(gpus)} GPUs, and a job takes at least one")
+    share = len(gpus) // jobs
+    free = [gpus[i * share : (i + 1) * share] for i in range(jobs)]
+    waiting, running = groups(cells), list[tuple[SpawnProcess, list[str]]]()
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                configs = [cell.config for cell in waiting.pop(0)]
-                running.append(get_context("spawn").Process(target=_run, args=(configs,)))
-                running[-1].start()
-            wait([process.sentinel for process in running])
-            running = [process for process in running if process.is_alive()]
+            while waiting and free:
+                taken, configs = free.pop(), [cell.config for cell in waiting.pop(0)]
+                process = get_context("spawn").Process(target=_run, args=(configs, taken))
+                process.start()
+                running.append((process, taken))
+            wait([process.sentinel for process, _ in running])
+            for job in [job for job in running if not job[0].is_alive()]:
+                running.remove(job)
+                free.append(job[1])
     finally:  # stopped: the runs write a checkpoint, and the same command goes on
-        for process in running:
+        for process, _ in running:
             process.terminate()
-        for process in running:
+        for process, _ in running:
             process.join()
 
 
-def _run(configs: list[dict]) -> None:
+def _run(configs: list[dict], gpus: list[str]) -> None:
     """A failure is told and ends one run, not the others."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # before anything imports torch
     from r2.run import start
 
     for config in configs:

@@ -1,7 +1,7 @@
 """Records to the paper's tables, in Markdown, CSV and LaTeX.
 
-A paper's value stands in a cell only beside a run of the paper's own protocol (ImageNet, nothing changed). Under any
-smaller study the paper's table is printed apart, with its own title.
+A paper's value stands in a cell only beside a run of the paper's own protocol (all of its data, nothing changed).
+Under any smaller study the paper's table is printed apart, with its own title.
 """
 
 import csv
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-PAPER = Path(__file__).parents[1] / "results" / "paper"
+_here = Path(__file__).parent
+PAPER = _here / "paper" if (_here / "paper").is_dir() else _here.parent / "results" / "paper"
 REGULARIZERS = {
     "l2": "L2",
     "l2_10x": "10x L2",
@@ -27,6 +28,10 @@ _AXES = {"data", "model", "model.width_mult", "reg", "recipe", "stage", "stage.b
          "stage.act_bits", "stage.dim", "stage.skip_first_last", "seed"}  # fmt: skip
 _PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds", "dist_timeout_seconds", "data.root",
            "data.workers"}  # fmt: skip
+
+
+# Validation examples of the paper's data sets: fewer of them are another study.
+WHOLE = {"imagenet": 50_000, "qnli": 5_463}
 
 
 class Column(NamedTuple):
@@ -55,6 +60,7 @@ class Table(NamedTuple):
     title: str
     columns: list[Column]
     models: tuple[str, ...]  # how their names begin
+    data: str = "ImageNet"  # the paper's
 
 
 _QAT = [Column(stage, bits, bits) for stage in ("pact", "lsq", "ewgs") for bits in (2, 4)]
@@ -68,7 +74,8 @@ TABLES = {
     "4": Table("Quantization-aware training at 2 and 4 bits", [FP32, *_QAT], _IMAGE_MODELS),
     "5": Table("DKM over single weights", [FP32, *[Column("dkm", b, None, 1) for b in (1, 2, 4)]], _IMAGE_MODELS),
     "6": Table("DKM over vectors, 1 bit per weight", [Column("dkm", b, None, b) for b in (2, 4)], _IMAGE_MODELS),
-    "7": Table("DKM of MobileBERT on QNLI", [FP32, *[Column("dkm", b, None, 1) for b in (1, 2)]], ("mobilebert",)),
+    "7": Table("DKM of MobileBERT on QNLI", [FP32, *[Column("dkm", b, None, 1) for b in (1, 2)]], ("mobilebert",),
+               "QNLI"),
 }  # fmt: skip
 
 
@@ -88,16 +95,18 @@ class Protocol(NamedTuple):
 
     @property
     def full(self) -> bool:
-        """The paper's own: ImageNet, nothing changed."""
-        return self.data == self.recipe == "imagenet" and not self.changed
+        """The paper's own: all of its data, nothing changed."""
+        return self.data == self.recipe and self.data in WHOLE and not self.changed
 
 
 def protocol(record: dict) -> Protocol:
     recipe = record["config"]["recipe"]
     overrides = [word.partition("=") for word in shlex.split(record["command"]) if "=" in word]
-    changed = tuple(sorted(f"{key}={value}" for key, _, value in overrides if key not in _AXES | _PLACES))
-    choices = record["choices"]
-    return Protocol(choices["data"], choices["recipe"], recipe["epochs"], recipe["finetune"]["epochs"], changed)
+    changed = sorted(f"{key}={value}" for key, _, value in overrides if key not in _AXES | _PLACES)
+    data, images = record["choices"]["data"], record["metrics"]["images"]
+    if images != WHOLE.get(data, images):
+        changed.append(f"{images} validation images")
+    return Protocol(data, record["choices"]["recipe"], recipe["epochs"], recipe["finetune"]["epochs"], tuple(changed))
 
 
 Row = tuple[str, str]  # model, regularizer
@@ -219,7 +228,8 @@ def markdown(records: list[dict]) -> str:
         for grid in grids(key, cells):
             parts.append(f"**{heading(grid)}**\n\n{markdown_grid(grid.rows)}")
             if grid.number and not key.full:
-                parts.append(f"The paper's, on ImageNet:\n\n{markdown_grid(paper_grid(grid.number).rows)}")
+                of_paper = markdown_grid(paper_grid(grid.number).rows)
+                parts.append(f"The paper's, on {TABLES[grid.number].data}:\n\n{of_paper}")
     commands = "".join(f"    {command}\n" for command in sorted({record["command"] for record in records}))
     return "\n".join(parts) + "\n## The runs\n\n" + commands
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from r2.config import UserError
 from r2.console import Phase
-from r2.data.batches import IGNORED, Data, mix
+from r2.data.batches import IGNORED, Data, Inputs, chunk, mix
 from r2.dist import World
 from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
@@ -112,15 +112,15 @@ def train(
                 _freeze_batchnorm(model)
             batches = position.timing.waiting(data.train(recipe.batch_size, run.seed, position.epoch, position.step))
             losses: list[Tensor] = []
-            for images, labels in batches:
+            for inputs, labels in batches:
                 step = position.epoch * steps + position.step
                 torch.manual_seed(mix(run.seed, position.epoch, position.step, world.rank))
-                factor = learning_rate(step, total, warmup)
+                factor = learning_rate(step, total, warmup, recipe.schedule)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = group["initial_lr"] * factor
                     optimizer.zero_grad()
-                loss, seen = _backward(forward, net, images, labels, criterion, autocast, scaler, recipe)
+                loss, seen = _backward(forward, net, inputs, labels, criterion, autocast, scaler, recipe)
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
                 if regularizer is not None:
@@ -208,18 +208,18 @@ def _autocast(recipe: Recipe, device: torch.device) -> Callable[[], Any]:
 def _backward(
     forward: Callable,
     net: nn.Module,
-    images: Tensor,
+    inputs: Inputs,
     labels: Tensor,
     criterion: nn.Module,
     autocast: Callable,
     scaler: torch.amp.GradScaler,
     recipe: Recipe,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the mean loss over the micro-batches; returns it and (loss sum, correct, images)."""
-    parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+    """Gradients of the mean loss over the micro-batches; returns it and (loss sum, correct, count)."""
+    parts = list(zip(chunk(inputs, recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
     total, seen = (
-        torch.zeros((), device=images.device),
-        torch.zeros(3, dtype=torch.float64, device=images.device),
+        torch.zeros((), device=labels.device),
+        torch.zeros(3, dtype=torch.float64, device=labels.device),
     )
     for i, (x, y) in enumerate(parts):
         last = i == len(parts) - 1
@@ -328,7 +328,7 @@ def _epoch_row(
 def _line(row: dict, epochs: int) -> str:
     return (
         f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  top-1 {row['top1']:.2f}  "
-        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.2f}  {row['images_per_second']:.0f} images/s"
+        f"val loss {row['val_loss']:.4f}  val top-1 {row['val_top1']:.2f}  {row['images_per_second']:.0f} examples/s"
     )
 
 
@@ -340,7 +340,7 @@ def _running(
     rate = done / (before + time.monotonic() - began)
     return (
         f"epoch {position.epoch + 1}/{recipe.epochs}  loss {loss / max(count, 1):.3f}  "
-        f"top-1 {100 * correct / max(count, 1):.1f}  lr {lr:.2g}  {rate:.0f} images/s"
+        f"top-1 {100 * correct / max(count, 1):.1f}  lr {lr:.2g}  {rate:.0f} examples/s"
     )
 
 
@@ -351,9 +351,9 @@ def evaluate(model: nn.Module, data: Data, world: World, recipe: Recipe) -> dict
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     autocast = _autocast(recipe, world.device)
-    for images, labels in data.val(max(1, min(2 * recipe.batch_size // world.size, 512))):
+    for inputs, labels in data.val(max(1, min(2 * recipe.batch_size // world.size, 512))):
         with autocast():
-            logits = model(images)
+            logits = model(inputs)
         logits, keep = logits.float(), labels != IGNORED
         top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)

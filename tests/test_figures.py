@@ -54,7 +54,7 @@ def record(reg="l2", stage="ewgs", seed=0, bits=2, top1=50.0, recipe="study", di
     axes |= {"weight_bits": bits, "act_bits": bits, "dim": dim, "quantized_layers": "all"}
     return {
         "axes": axes,
-        "metrics": {"top1": top1},
+        "metrics": {"top1": top1, "images": 10},
         "fp32": fp32 and {"top1": fp32},
         "size": {"file_mib": bits / 20},
         "choices": {"data": "fashion_mnist", "recipe": recipe},

@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ENV, SMALL
 
-from r2 import plan, reproduce
+from r2 import estimate, plan, reproduce
+from r2.config import UserError
 from r2.tables import FP32, Column, paper
 
 TINY = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=50", "recipe.batch_size=32"]
@@ -28,11 +29,16 @@ def test_a_planned_run_and_its_command_are_the_same_run():
         assert again.name == cell.name and "experiment" not in " ".join(cell.config["overrides"])
 
 
-@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in "1235"), "4", "6"])
+@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in "12357"), "4", "6"])
 def test_every_table_of_the_paper_is_planned_whole(number):
     cells = plan.cells([f"table{number}"], ["data=imagenet"])
     planned = {((c.axes["model"], c.axes["reg"]), Column(*[c.axes[f] for f in Column._fields])) for c in cells}
     assert planned == {key for key in paper(number) if key[1] != FP32} and len(planned) == len(cells)
+
+
+def test_table_7_keeps_its_data_among_the_others():
+    cells = plan.cells(["table1", "table7"], ["data=imagenet", "recipe.epochs=3", "reg=linf"])
+    assert {c.axes["data"]: c.config["recipe"]["epochs"] for c in cells} == {"imagenet": 3, "qnli": 10}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,7 @@ def test_a_mistake_is_one_line(words, told, capsys):
 
 def test_brackets_keep_their_commas():
     assert plan._values("a,{b: 1, c: 2},[3,4]") == ["a", "{b: 1, c: 2}", "[3,4]"]
-    assert plan.duration(59) == "59 s" and plan.duration(7200) == "2.0 h" and plan.duration(600) == "10 min"
+    assert estimate.duration(59) == "59 s" and estimate.duration(7200) == "2.0 h" and estimate.duration(600) == "10 min"
 
 
 def test_a_plan_counts_what_is_missing_and_writes_nothing(tmp_path, capsys):
@@ -78,10 +84,10 @@ def test_speeds_come_from_records_of_the_same_kind_of_device():
         "seconds": {"pretrain": 3.0, "ewgs": 4.0},
         "images_per_second": {"pretrain": 100.0, "stage": 50.0},
     }
-    speeds = plan.Speeds([found], "cpu", processes=4)
+    speeds = estimate.Speeds([found], "cpu", processes=4)
     assert speeds.pretraining(cell) == (10 * 256 / 200, "records") and speeds.stage(cell) == (5 * 256 / 100, "records")
     (rounding,) = plan.cells_of(["data=fake", "model=mbv1", "stage=none"])
-    assert speeds.stage(rounding) == (0.0, plan.UNKNOWN)
+    assert speeds.stage(rounding) == (0.0, estimate.UNKNOWN)
 
 
 @pytest.mark.slow
@@ -110,3 +116,8 @@ def test_plan_run_and_rerun(tmp_path):
     assert "<html" in (tmp_path / "kept" / "report.html").read_text()
     after = program(tmp_path, *words, f"records={tmp_path / 'kept' / 'records'}", "plan=true")
     assert "4 runs, 4 finished, 0 missing" in after.stdout
+
+
+def test_jobs_share_gpus_and_each_takes_one():
+    with pytest.raises(UserError, match="jobs=4: this machine has 2 GPUs"):
+        reproduce.run_all([], 4, ["0", "1"])

@@ -1,4 +1,4 @@
-"""What a run needs of any data set: train, val and calibration batches, as normalised tensors on the device.
+"""What a run needs of any data set: train, val and calibration batches, on the device as the model takes them.
 
 Order and augmentation are pure functions of (seed, epoch, position), so a run can stop at any step and go on, with
 any number of workers, and N processes see the same global batches as one.
@@ -14,6 +14,15 @@ from torch import Tensor
 from r2.dist import World
 
 IGNORED = -100  # label of an image that could not be decoded; cross_entropy's ignore_index
+Inputs = Tensor | dict[str, Tensor]  # what a model takes: images (n, 3, h, w), or tokens by name, each (n, length)
+
+
+def chunk(inputs: Inputs, parts: int) -> list[Inputs]:
+    """Micro-batches of a batch, as `Tensor.chunk` cuts them."""
+    if isinstance(inputs, Tensor):
+        return list(inputs.chunk(parts))
+    columns = zip(*(tensor.chunk(parts) for tensor in inputs.values()), strict=True)
+    return [dict(zip(inputs, column, strict=True)) for column in columns]
 
 
 def mix(*parts: int) -> int:
@@ -26,7 +35,7 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 class Data:
-    """What a run needs of a data set.
+    """What a run needs of a data set. Where a name says image, it counts examples: pairs of sentences, for text.
 
     Attributes:
         num_classes, image_size: of the task.
@@ -56,8 +65,8 @@ class Data:
         """Global batches per epoch; the incomplete last one is dropped."""
         return max(1, self.train_images // batch_size)
 
-    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of each global batch from step `start`: images (n, 3, h, w) float, labels (n,)."""
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
+        """This rank's part of each global batch from step `start`: inputs, labels (n,)."""
         n = self.steps(batch_size) * batch_size
         indices = _order(self.train_images, seed, epoch)
         if n > self.train_images:  # fewer images than one batch: some come twice
@@ -65,12 +74,12 @@ class Data:
         batches = indices[:n].view(-1, batch_size)[start:]
         return self._batches(batches[:, self._mine(batch_size)], seed, epoch, train=True)
 
-    def val(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def val(self, batch_size: int) -> Iterator[tuple[Inputs, Tensor]]:
         """This rank's share of the validation images, each once."""
         indices = torch.arange(self.world.rank, self.val_images, self.world.size)
         return self._batches(indices.split(batch_size), 0, 0, train=False)
 
-    def calibration(self, batch_size: int, seed: int, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def calibration(self, batch_size: int, seed: int, epoch: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
         """Seeded training images without augmentation, the same on every rank."""
         count = min(self.calibration_images, self.train_images)
         return self._batches(_order(self.train_images, seed, epoch)[:count].split(batch_size), 0, 0, train=None)
@@ -79,6 +88,6 @@ class Data:
         local = batch_size // self.world.size
         return slice(self.world.rank * local, (self.world.rank + 1) * local)
 
-    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Inputs, Tensor]]:
         """`train`: True for augmented training images, None for plain ones, False for validation images."""
         raise NotImplementedError

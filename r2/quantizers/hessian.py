@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from r2.data.batches import Inputs
+
 
 def gradient_scales(
-    model: nn.Module, layers: Iterable[str], batches: Iterable[tuple[Tensor, Tensor]], probes: int, seed: int
+    model: nn.Module, layers: Iterable[str], batches: Iterable[tuple[Inputs, Tensor]], probes: int, seed: int
 ) -> dict[str, dict[str, float]]:
     """delta of every layer, {"weight": ..., "act": ...}. The model is left untouched.
 
     Args:
-        batches: training images and labels; the estimate is the mean over them.
+        batches: training inputs and labels; the estimate is the mean over them.
         probes: at most so many per batch; stops when every trace moves by less than a thousandth.
     """
     replica = copy.deepcopy(model).train()  # the pass moves BatchNorm's statistics
@@ -39,9 +41,9 @@ def gradient_scales(
         modules[name].quantizer.tap = record(name)  # type: ignore[union-attr,assignment]
     estimates: dict[tuple[str, str], list[float]] = {}
     generator = torch.Generator().manual_seed(seed)
-    for images, labels in batches:
+    for inputs, labels in batches:
         taps.clear()
-        loss = F.cross_entropy(replica(images), labels)
+        loss = F.cross_entropy(replica(inputs), labels)
         keys, values = list(taps), list(taps.values())
         gradients = torch.autograd.grad(loss, values, create_graph=True)
         traces = _hutchinson(gradients, values, probes, generator)

@@ -1,4 +1,4 @@
-"""Compressed layers: a convolution or linear layer of the trained model, computing through its quantizer.
+"""Compressed layers: a convolution, linear layer or embedding of the trained model, computing through its quantizer.
 
 A method is one `Quantizer`; the layers, the calibration and the training are shared. Layers are changed in place:
 the parameters and their names stay what they were.
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r2.config import UserError
+from r2.data.batches import Inputs
 
 
 class Quantizer(nn.Module):
@@ -58,7 +59,7 @@ def output_ratio(
 
 
 class _Quantized:
-    """What the two layers share. A layer read from a packed file holds its `codes` and the weight they stand for."""
+    """What the layers share. A layer read from a packed file holds its `codes` and the weight they stand for."""
 
     quantizer: Quantizer
     weight: Tensor
@@ -95,20 +96,35 @@ class QuantizedLinear(_Quantized, nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-_TWINS: dict[type, type] = {nn.Conv2d: QuantizedConv2d, nn.Linear: QuantizedLinear}
+class QuantizedEmbedding(_Quantized, nn.Embedding):
+    """An embedding through a quantizer, which must leave its input, the token numbers, alone."""
+
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight, self.padding_idx)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x)
+
+
+LAYERS = (nn.Conv2d, nn.Linear, nn.Embedding)  # what has a weight to compress
+_TWINS: dict[type, type] = {
+    nn.Conv2d: QuantizedConv2d,
+    nn.Linear: QuantizedLinear,
+    nn.Embedding: QuantizedEmbedding,
+}
 
 
 def quantizable(model: nn.Module, skip_first_last: bool = False) -> dict[str, nn.Module]:
-    """Convolution and linear layers by name, in the model's order.
+    """Convolutions, linear layers and embeddings by name, in the model's order.
 
     Raises:
         UserError: there is none.
     """
-    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
     if skip_first_last:
         layers = {name: layers[name] for name in list(layers)[1:-1]}
     if not layers:
-        raise UserError("the model has no convolution or linear layer to compress")
+        raise UserError("the model has no convolution, linear layer or embedding to compress")
     return layers
 
 
@@ -137,7 +153,7 @@ def swap(layers: Mapping[str, nn.Module], quantizer: Callable[[str], Quantizer])
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> None:
+def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Inputs) -> None:
     """Initialise every quantizer in one forward pass in training mode, so a later layer sees quantized inputs."""
 
     def initialise(layer: Any, inputs: tuple[Tensor]) -> None:
@@ -145,7 +161,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor)
 
     hooks = [layer.register_forward_pre_hook(initialise) for layer in layers.values()]
     model.train()
-    model(images)
+    model(batch)
     for hook in hooks:
         hook.remove()
 
@@ -161,7 +177,7 @@ def compressed(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def signal_to_noise(
-    model: nn.Module, images: Tensor, originals: Mapping[str, Tensor] | None = None
+    model: nn.Module, batch: Inputs, originals: Mapping[str, Tensor] | None = None
 ) -> dict[str, float]:
     """Per compressed layer, the signal-to-quantization-noise ratio of its output in dB, its input being the same.
 
@@ -182,7 +198,7 @@ def signal_to_noise(
     layers = compressed(model)
     hooks = [layer.register_forward_hook(measure(name)) for name, layer in layers.items()]
     model.eval()
-    model(images)
+    model(batch)
     for hook in hooks:
         hook.remove()
     return found

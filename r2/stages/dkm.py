@@ -12,7 +12,7 @@ from r2.data.batches import Data
 from r2.dist import sync_batchnorm
 from r2.palettize import Palette
 from r2.quantizers.layers import compressed, layer_bits, quantizable, signal_to_noise, swap
-from r2.recipe import Recipe, finetuning, sgd
+from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.regularizers import Regularizer
 from r2.stages.stage import Stage
 from r2.store import Run
@@ -59,13 +59,13 @@ class DKM(Stage):
         self.cluster(model, run.seed)
         initial = evaluate(model, data, run.world, recipe)
         clustered = time.monotonic()
-        done = train(model, data, recipe, run, "dkm", [sgd(model, recipe)], batchnorm=self.batchnorm)
-        images, _ = next(data.calibration(self.batch_size, run.seed))
+        done = train(model, data, recipe, run, "dkm", [optimizer_of(model, recipe)], batchnorm=self.batchnorm)
+        inputs, _ = next(data.calibration(self.batch_size, run.seed))
         left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
         return model, {
             "metrics": evaluate(model, data, run.world, recipe),
             "initial": initial,
-            "sqnr_db": signal_to_noise(model, images),
+            "sqnr_db": signal_to_noise(model, inputs),
             "details": {"left_out_weights": left_out},
             "epochs": self.epochs,
             "images_per_second": done["images_per_second"],

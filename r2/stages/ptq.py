@@ -78,7 +78,8 @@ class PTQ(Stage):
     ) -> tuple[nn.Module, dict]:
         exact = replace(recipe, precision="fp32")  # autocast would move values off their grids
         initial = evaluate(model, data, run.world, exact)
-        batches = [x[y != IGNORED] for x, y in data.calibration(self.calibration_batch_size, run.seed)]
+        calibration = data.calibration(self.calibration_batch_size, run.seed)
+        batches = [x[y != IGNORED] for x, y in calibration]  # type: ignore[index]  # images: `check` refuses text
         done = apart(self.compress, model, batches, run)
         quantized = done.pop("model")
         metrics = evaluate(quantized, data, run.world, exact)

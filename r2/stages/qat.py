@@ -25,7 +25,7 @@ from r2.quantizers.layers import (
     signal_to_noise,
     swap,
 )
-from r2.recipe import Recipe, finetuning, sgd
+from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.regularizers import Regularizer
 from r2.stages.stage import Stage
 from r2.store import Run
@@ -64,7 +64,7 @@ class QAT(Stage):
         self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
     ) -> list[Optimizer]:
         """Optimizers of the weights and of the quantizers' `parameters`: here SGD, which does not decay the latter."""
-        optimizer = sgd(model, recipe, regularizer, apart=parameters)
+        optimizer = optimizer_of(model, recipe, regularizer, apart=parameters)
         optimizer.add_param_group({"params": parameters, "lr": self.quantizer_lr, "weight_decay": 0.0})
         return [optimizer]
 
@@ -138,7 +138,7 @@ class EWGS(QAT):
         self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
     ) -> list[Optimizer]:
         adam = torch.optim.Adam(parameters, self.quantizer_lr, fused=True)
-        return [sgd(model, recipe, regularizer, apart=parameters), adam]
+        return [optimizer_of(model, recipe, regularizer, apart=parameters), adam]
 
     def before_epoch(
         self, model: nn.Module, layers: dict[str, nn.Module], data: Data, run: Run
@@ -193,7 +193,7 @@ class PACT(QAT):
     def optimizers(
         self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
     ) -> list[Optimizer]:
-        optimizer = sgd(model, recipe, regularizer, apart=parameters)
+        optimizer = optimizer_of(model, recipe, regularizer, apart=parameters)
         group: dict[str, Any] = {"params": parameters, "weight_decay": self.alpha_decay}
         optimizer.add_param_group(group if self.from_scratch else {**group, "lr": self.quantizer_lr})
         return [optimizer]

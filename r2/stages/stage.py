@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from r2.config import UserError
 from r2.data.batches import Data
 from r2.quantizers.layers import layer_bits, quantizable
 from r2.recipe import Recipe
@@ -30,8 +31,10 @@ class Stage:
         Raises:
             UserError: a key and what may stand there.
         """
-        names = list(quantizable(model, getattr(self, "skip_first_last", False)))
-        layer_bits(names, getattr(self, "layer_bits", None))
+        layers = quantizable(model, getattr(self, "skip_first_last", False))
+        layer_bits(list(layers), getattr(self, "layer_bits", None))
+        if hasattr(self, "act_bits") and any(isinstance(m, nn.Embedding) for m in model.modules()):
+            raise UserError("stage: it quantizes what layers read, and an embedding reads token numbers; use stage=dkm")
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from r2 import models
 from r2.palettize import Palette, hard, initial_centroids, vectorize
 from r2.quantizers.layers import calibrate, quantizable, swap
-from r2.recipe import Recipe, sgd
+from r2.recipe import Recipe, optimizer_of
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--rounds", type=int, default=5)
@@ -174,7 +174,7 @@ def step_rows(batch: int, size: int) -> None:
     original = models.resnet18(1000).to(memory_format=torch.channels_last)
 
     def training_step(model) -> Callable[[], None]:
-        optimizer = sgd(model, recipe)
+        optimizer = optimizer_of(model, recipe)
 
         def step() -> None:
             optimizer.zero_grad()

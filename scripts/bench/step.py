@@ -27,7 +27,7 @@ from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, quantizable, quantizer_parameters, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
-from r2.recipe import Recipe, sgd
+from r2.recipe import Recipe, optimizer_of
 from r2.store import Run
 from r2.train import train
 
@@ -70,7 +70,7 @@ def quantized_step(kind) -> Callable[[], None]:
     swap(layers, lambda name: kind(2, 2))
     calibrate(model, layers, images)
     scales = quantizer_parameters(layers)
-    return training_step(model, [sgd(model, recipe, apart=scales), torch.optim.Adam(scales, 1e-5, fused=True)])
+    return training_step(model, [optimizer_of(model, recipe, apart=scales), torch.optim.Adam(scales, 1e-5, fused=True)])
 
 
 class OneBatch(Data):
@@ -93,12 +93,12 @@ def whole_loop(steps: int) -> None:
     model = copy.deepcopy(original)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = Run(Path(folder), "bench", World(device=device), 0, 1e9, lambda row: None)
-        train(model, OneBatch(steps).to(run.world), recipe, run, "bench", [sgd(model, recipe)])
+        train(model, OneBatch(steps).to(run.world), recipe, run, "bench", [optimizer_of(model, recipe)])
 
 
 def bare_loop(steps: int) -> None:
     model = copy.deepcopy(original)
-    step = training_step(model, [sgd(model, recipe)])
+    step = training_step(model, [optimizer_of(model, recipe)])
     for _ in range(steps):
         step()
 
@@ -106,7 +106,7 @@ def bare_loop(steps: int) -> None:
 REGULARIZERS = (regularizers.LInf, regularizers.Margin, regularizers.Kurtosis, regularizers.SoftMinMax)
 variants: dict[str, Callable[[], None]] = {}
 bare = copy.deepcopy(original)
-variants["fp32"] = training_step(bare, [sgd(bare, recipe)])
+variants["fp32"] = training_step(bare, [optimizer_of(bare, recipe)])
 F.cross_entropy(bare(images), labels).backward()
 for kind in REGULARIZERS:
     variants[kind.__name__] = gradients_alone(kind(bare))

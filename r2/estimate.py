@@ -1,0 +1,157 @@
+"""What the missing runs of a plan will cost, from the speeds that records tell or a short measurement."""
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from r2 import record
+from r2.config import build
+from r2.plan import Cell, groups
+
+# Training images of the published sets: a plan must not need the data.
+TRAIN_IMAGES = {"digits": 1437, "fashion_mnist": 60_000, "cifar10": 50_000, "imagenette": 9_469,
+                "imagenet": 1_281_167, "imagenet_shards": 1_281_167, "qnli": 104_743}  # fmt: skip
+UNKNOWN = "unknown"
+
+
+class Rate(NamedTuple):
+    """Measured speed: images/s of training, or the seconds of a stage that does not train."""
+
+    images_per_second: float | None
+    seconds: float | None
+    source: str
+
+
+class Speeds:
+    """What records say of the time that things take on this kind of device, and a short measurement where they don't.
+
+    Args:
+        records: of any runs.
+        processes: that will share one run's training.
+    """
+
+    def __init__(self, records: list[dict], device: str, processes: int = 1):
+        self.device, self.processes = device, processes
+        self._known: dict[tuple, Rate] = {}
+        for found in records:
+            if found["device"]["type"] != device:
+                continue
+            axes, speed = found["axes"], found["images_per_second"]
+            data, model, more = axes["data"], axes["model"], processes / found["processes"]
+            if speed["pretrain"]:
+                self._known[data, model, "pretrain"] = Rate(speed["pretrain"] * more, None, "records")
+            rest = sum(v for phase, v in found["seconds"].items() if phase != "pretrain")
+            trained = speed["stage"] and speed["stage"] * more
+            self._known[data, model, axes["stage"]] = Rate(trained, None if trained else rest, "records")
+
+    def pretraining(self, cell: Cell) -> tuple[float, str]:
+        """Seconds, and where the speed comes from."""
+        return self._training(self._trained(cell), cell, cell.config["recipe"]["epochs"])
+
+    def stage(self, cell: Cell) -> tuple[float, str]:
+        """Seconds, and where the speed comes from."""
+        stage = cell.config["stage"]
+        epochs = cell.config["recipe"]["epochs"] if cell.pretraining is None else stage.get("epochs", 0)
+        if cell.axes["stage"] == "fp32":
+            return 0.0, ""
+        rate = self._known.get((cell.axes["data"], cell.axes["model"], cell.axes["stage"]))
+        if rate is None and epochs:
+            rate = self._trained(cell)
+            rate = rate and rate._replace(source="at least: as fast as pretraining")
+        return (rate.seconds, rate.source) if rate and rate.seconds else self._training(rate, cell, epochs)
+
+    def _training(self, rate: Rate | None, cell: Cell, epochs: int) -> tuple[float, str]:
+        if rate is None or not rate.images_per_second:
+            return 0.0, UNKNOWN
+        images = TRAIN_IMAGES.get(cell.axes["data"], cell.config["data"].get("train_images", 0))
+        return epochs * images / rate.images_per_second, rate.source
+
+    def machine(self) -> str:
+        if self.device == "cuda":
+            return f"{self.processes} GPU{'s' * (self.processes > 1)} of this kind"
+        return f"this machine's CPU, {self.processes} process{'es' * (self.processes > 1)}, one run at a time"
+
+    def _trained(self, cell: Cell) -> Rate | None:
+        """Speed of pretraining; None for text, which is not measured without its model at hand."""
+        key = cell.axes["data"], cell.axes["model"], "pretrain"
+        if key not in self._known and "image_size" in cell.config["data"]:
+            speed = measure(cell.config, self.device) * self.processes
+            self._known[key] = Rate(speed, None, "measured now, without data")
+        return self._known.get(key)
+
+
+def measure(config: dict, device: str, steps: int = 2) -> float:
+    """Images/s of bare training steps of the config's model on random images of its size."""
+    size, classes = config["data"]["image_size"], 1000 if "imagenet" in config["choices"]["data"] else 10
+    batch = 256 if device == "cuda" else 4
+    model = build(config["model"], num_classes=classes).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=config["recipe"]["precision"] != "fp32"):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        loss.item()
+        seconds.append(time.perf_counter() - began)
+    return batch / min(seconds[1:])
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`, `21 d`."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Iterator[str]:
+    """The plan, line by line: each pretraining with its runs, then the totals."""
+    total, sources, unknown = 0.0, set(), 0
+    missing_runs = missing_pretrainings = 0
+    for group in groups(planned):
+        waiting = [cell for cell in group if not cell.finished(records)]
+        if group[0].pretraining is not None:
+            done, axes = group[0].pretrained(), group[0].axes
+            seconds, source = speeds.pretraining(group[0]) if waiting and not done else (0.0, "")
+            cost = f", {duration(seconds)}" if seconds else ""
+            what = "finished" if done else f"missing{cost}" if waiting else "not needed"
+            missing_pretrainings += bool(waiting and not done)
+            total += seconds
+            unknown += source == UNKNOWN
+            sources.add(source)
+            yield (f"pretraining {axes['data']} {axes['model']} {axes['reg']} seed {axes['seed']}, "
+                   f"{group[0].config['recipe']['epochs']} epochs: {what}")  # fmt: skip
+        for cell in group:
+            if cell not in waiting:
+                yield f"  finished  {cell.name}"
+                continue
+            seconds, source = speeds.stage(cell)
+            unknown += source == UNKNOWN
+            missing_runs += 1
+            total += seconds
+            sources.add(source)
+            yield f"  missing   {cell.name}" + (f", {duration(seconds)}" if seconds else "")
+            yield f"            {record.command(cell.config)}"
+    yield (f"{len(planned)} runs, {len(planned) - missing_runs} finished, {missing_runs} missing, "
+           f"which need {missing_pretrainings} pretrainings")  # fmt: skip
+    if total:
+        known = ", ".join(sorted(sources - {"", UNKNOWN}))
+        cost = f" ({total * speeds.processes / 3600:.1f} GPU-hours)" if speeds.device == "cuda" else ""
+        yield f"estimated {duration(total)} on {speeds.machine()}{cost}" + (f"; speeds: {known}" if known else "")
+    if unknown:
+        yield f"not counted: {unknown} pretrainings and runs whose time no record tells"
+
+
+def known_records(folders: Iterable[Path | None]) -> list[dict[str, Any]]:
+    """Every record of the folders that exist."""
+    found = []
+    for folder in folders:
+        if folder is not None and folder.is_dir():
+            found += record.find(folder)
+    return found
