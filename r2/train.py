@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from r2.config import UserError
 from r2.console import Phase
 from r2.data.batches import IGNORED, Data, Inputs, chunk, mix
-from r2.dist import World
+from r2.dist import World, stop_handlers, stopped
 from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
 from r2.store import Run
@@ -26,22 +25,18 @@ from r2.timing import Timing, summary
 
 
 class _Stop:
-    """Set by SIGTERM or SIGUSR1; the loop then writes a checkpoint and leaves with 128 + the signal's number."""
+    """Set by a signal; the loop then writes a checkpoint and leaves with 128 + the signal's number."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self.handlers: dict[int, Any] = {}  # of before
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
+        with stop_handlers() as self.handlers:
+            for number in self.handlers:
+                signal.signal(number, self._set)
             yield
-            return
-        previous = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _set(self, number: int, _: Any) -> None:
         self.signal = number
@@ -74,7 +69,7 @@ def train(
         SystemExit: stopped by a signal, after writing a checkpoint.
     """
     world, device = run.world, run.world.device
-    _check_batch(recipe, world, phase)
+    check_batch(recipe, world, phase)
     steps = data.steps(recipe.batch_size)
     total, warmup = steps * recipe.epochs, round(steps * recipe.warmup_epochs)
     for optimizer in optimizers:
@@ -189,7 +184,11 @@ class _Position:
     timing: Timing = field(default_factory=Timing)
 
 
-def _check_batch(recipe: Recipe, world: World, phase: str) -> None:
+def check_batch(recipe: Recipe, world: World, phase: str) -> None:
+    """
+    Raises:
+        UserError: a step's batch cannot be shared out evenly.
+    """
     parts = world.size * recipe.accumulate
     if recipe.batch_size % parts:
         raise UserError(
@@ -259,7 +258,7 @@ def _any_stop(stop: _Stop, world: World) -> bool:
 
 def _interrupted(run: Run, phase: str, stop: _Stop) -> SystemExit:
     run.say(f"{phase}: stopped by signal {int(stop.signal)}; the same command goes on from here")
-    return SystemExit(128 + int(stop.signal))
+    return stopped(stop.signal, stop.handlers)
 
 
 def _state(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r2.config import Count, CountOrZero, UserError
 from r2.data.batches import IGNORED, Data, mix
-from r2.dist import World
+from r2.dist import World, ignore_stop_signals
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -103,6 +103,7 @@ class _Keys:
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
+    ignore_stop_signals()
 
 
 class _Samples(torch.utils.data.Dataset):
