@@ -93,7 +93,7 @@ def _job(cfg: DictConfig) -> Any:
         config = resolve(cfg, dict(context.runtime.choices))
         return importlib.import_module("r2.run").start(config)
     except (UserError, OmegaConfBaseException) as error:
-        text = _last_line(error) if isinstance(error, UserError) else one_line(error)
+        text = last_line(error) if isinstance(error, UserError) else one_line(error)
         print(f"r2: {text}", file=sys.stderr, flush=True)
         if context.mode == RunMode.RUN:
             raise SystemExit(2) from None
@@ -161,11 +161,13 @@ def one_line(error: BaseException) -> str:
         group, _, names = rest.partition(":")
         options = names.split("Config search path")[0].split()
         wanted = head.strip().rsplit("/", 1)[-1].strip("'")
+        if wanted.startswith("submitit_"):
+            return "hydra/launcher: Hydra's submitit launcher is not installed; pip install 'r2[cluster]'"
         return f"unknown {group.strip().strip(chr(39))} {wanted!r}: choose from {', '.join(options)}"
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
     return "; ".join(lines[:3])
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     # An error raised in a data loader's worker carries its traceback in the message.
     return str(error).strip().splitlines()[-1].removeprefix("r2.config.UserError: ")

@@ -35,7 +35,8 @@ class Root:
     """The keys outside the groups; none but `seed` can change a result."""
 
     def __init__(self, out: str, seed: CountOrZero, devices: Literal["auto"] | Count, threads: Literal["auto"] | Count,
-                 force: bool, checkpoint_seconds: NonNegative, dist_timeout_seconds: Positive): ...  # fmt: skip
+                 force: bool, check: bool, checkpoint_seconds: NonNegative,
+                 dist_timeout_seconds: Positive): ...  # fmt: skip
 
 
 GROUPS = ("data", "model", "reg", "recipe", "stage", "tracker")

@@ -1,12 +1,15 @@
 """torch.distributed: who takes part, on which device, and how a tensor or an object gets from one to another."""
 
+import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from r2.config import UserError
+
+# What batch systems send before they end a job: SLURM one of the first two, submitit the last.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -112,14 +118,53 @@ def launch(function: Callable[[dict, World], Any], config: dict) -> Any:
         os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
         if "MASTER_ADDR" not in os.environ:
-            raise UserError("MASTER_ADDR: set it to the first node, e.g. $(scontrol show hostnames | head -n1)")
-        os.environ.setdefault("MASTER_PORT", "29500")
+            os.environ["MASTER_ADDR"] = _first_node()
+        job = int(os.environ.get("SLURM_JOB_ID", 0))  # two jobs may share a node
+        os.environ.setdefault("MASTER_PORT", str(20_000 + job % 10_000))
         return _join(function, config)
     count = device_count(config["devices"])
     if count == 1:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         return function(config, World(device=device))
     return _start(function, config, count)
+
+
+def _first_node() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        raise UserError("MASTER_ADDR: scontrol does not tell the first node; set it to that node's name") from None
+
+
+@contextlib.contextmanager
+def stop_handlers() -> Iterator[dict[int, Any]]:
+    """The handlers of STOP_SIGNALS, put back at the end; none outside the main thread, which alone may set them."""
+    here = threading.current_thread() is threading.main_thread()
+    found: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS} if here else {}
+    try:
+        yield found
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler)
+
+
+def stopped(number: int, handlers: dict[int, Any]) -> SystemExit:
+    """The exit of a process that has left a checkpoint because of a signal.
+
+    Whoever handled the signal before hears of it now: submitit puts the job back into the queue and leaves.
+    """
+    handler = handlers.get(number)
+    if callable(handler):
+        handler(number, None)
+    return SystemExit(128 + number)
+
+
+def ignore_stop_signals() -> None:
+    """For data workers: a batch system may signal every process of a job, and only the main one has an answer."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def device_count(devices: int | str) -> int:
@@ -152,16 +197,18 @@ def _start(function: Callable, config: dict, count: int) -> Any:
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
+        signals_to_handle=",".join(["SIGINT", "SIGHUP", "SIGQUIT", *(number.name for number in STOP_SIGNALS)]),
     )
-    try:
-        return elastic_launch(settings, _worker)(function, config)[0]
-    except SignalException as stop:
-        raise SystemExit(128 + stop.sigval) from None
-    except ChildFailedError as error:
-        first = error.get_first_failure()[1]
-        if first.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGUSR1, 2):
-            raise SystemExit(first.exitcode) from None  # the worker has said why
-        raise
+    with stop_handlers() as handlers:  # the launcher takes them over
+        try:
+            return elastic_launch(settings, _worker)(function, config)[0]
+        except SignalException as stop:
+            raise stopped(stop.sigval, handlers) from None
+        except ChildFailedError as error:
+            first = error.get_first_failure()[1]
+            if first.exitcode in (2, *(128 + number for number in STOP_SIGNALS)):
+                raise SystemExit(first.exitcode) from None  # the worker has said why
+            raise
 
 
 def _worker(function: Callable, config: dict) -> Any:

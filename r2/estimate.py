@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from r2 import record
 from r2.config import build
 from r2.hub import need_extra
-from r2.plan import Cell, groups
+from r2.plan import PUBLISHED, Cell, groups
 
 # Training images of the published sets: a plan must not need the data.
 _IMAGENET = dict.fromkeys(("imagenet", "imagenet_shards", "imagenet_dali"), 1_281_167)
@@ -155,6 +155,13 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
         yield f"estimated {duration(total)} on {speeds.machine()}{cost}" + (f"; speeds: {known}" if known else "")
     if unknown:
         yield f"not counted: {unknown} post-training runs whose time no record tells"
+
+
+def speeds_here(config: dict, *folders: Path | None) -> Speeds:
+    """Of as many of this machine's devices as the config asks for, by the records in `folders` and the published."""
+    device, devices = "cuda" if torch.cuda.is_available() else "cpu", config["devices"]
+    processes = max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
+    return Speeds(known_records([PUBLISHED, *folders]), device, processes)
 
 
 def known_records(folders: Iterable[Path | None]) -> list[dict[str, Any]]:

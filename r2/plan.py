@@ -92,7 +92,7 @@ def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
                 config = _compose(name, [f"{key}={value}" for key, value in zip(grid, values, strict=True)])
                 for seed in seeds:
                     words = [f"seed={seed}" if word.startswith("seed=") else word for word in config["overrides"]]
-                    cell = _cell({**config, "seed": seed, "overrides": words})
+                    cell = cell_of({**config, "seed": seed, "overrides": words})
                     found.setdefault(cell.name, cell)
     return list(found.values())
 
@@ -100,7 +100,7 @@ def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
 def cells_of(overrides: list[str]) -> list[Cell]:
     """The one run of a command line."""
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return [_cell(_compose(None, overrides))]
+        return [cell_of(_compose(None, overrides))]
 
 
 def _seed(text: str) -> int:
@@ -118,7 +118,8 @@ def _compose(experiment: str | None, overrides: list[str]) -> dict:
     return resolve(cfg, choices)
 
 
-def _cell(config: dict) -> Cell:
+def cell_of(config: dict) -> Cell:
+    """The run of a checked config."""
     stage = build(config["stage"])
     axes = record.axes(config, stage)
     of_pretraining = fingerprint(identity(config, ("data", "model", "reg", "recipe")))

@@ -180,6 +180,7 @@ def make(
                 "pretrain": pretrained["images_per_second"],
                 "stage": result.get("images_per_second"),
             },
+            "timing": {"pretrain": pretrained.get("timing"), "stage": result.get("timing")},
             "processes": world.size,
             "skipped_images": pretrained["skipped_images"] + data.skipped,
             "weights_summary": weights_summary(pretrained["weights"]),

@@ -75,18 +75,12 @@ def read(arguments: list[str]) -> Request:
 
 def reproduce(request: Request) -> int:
     """Do what was asked; returns how many runs failed."""
-    import torch
-
     from r2 import estimate, plan, record, report
 
     cells = plan.cells(request.experiments, request.overrides)
     out = Path(cells[0].config["out"])
     if request.plan:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        devices = cells[0].config["devices"]
-        processes = max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
-        published = plan.PUBLISHED if plan.PUBLISHED.is_dir() else None
-        speeds = estimate.Speeds(estimate.known_records([published, request.records, out]), device, processes)
+        speeds = estimate.speeds_here(cells[0].config, request.records, out)
         for line in estimate.describe(cells, request.records, speeds):
             print(line)
         return 0

@@ -2,6 +2,7 @@
 
 python -m r2.run model=mbv2 reg=margin stage=ewgs
 python -m r2.run -m reg=l2,kure,linf,margin stage=ewgs
+python -m r2.run model=mbv2 reg=margin stage=ewgs check=true    # whether it would start, and what it will do
 """
 
 from pathlib import Path
@@ -14,8 +15,13 @@ if TYPE_CHECKING:
     from r2.dist import World
 
 
-def start(config: dict) -> dict:
+def start(config: dict) -> dict | None:
     """Run a checked plain config on its devices; returns the record."""
+    if config["check"]:
+        from r2.doctor import check
+
+        check(config)
+        return None
     from r2.dist import launch  # torch is imported here, after every check
 
     return launch(experiment, config)

@@ -144,8 +144,7 @@ def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
                 taken = True
             except Timeout:
                 if not waiting:
-                    holder = owner.read_text().strip() if owner.exists() else "another process"
-                    say(f"waiting for {holder}, which is working on {directory}")
+                    say(f"waiting for {_owner(directory)}, which is working on {directory}")
         if world.broadcast(taken):
             break
         waiting = True
@@ -157,6 +156,23 @@ def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
         if world.main:
             owner.unlink(missing_ok=True)
             handle.release()
+
+
+def holder(directory: Path) -> str | None:
+    """Who holds `directory` at this moment, by its own words; None if nobody does."""
+    path = directory / ".lock"
+    if not os.access(path, os.W_OK):
+        return None
+    try:
+        with FileLock(path, timeout=0):
+            return None
+    except Timeout:
+        return _owner(directory)
+
+
+def _owner(directory: Path) -> str:
+    owner = directory / ".owner"
+    return owner.read_text().strip() if owner.exists() else "another process"
 
 
 @dataclass
@@ -200,7 +216,8 @@ class Run:
         """curve-<phase>.csv, one row per epoch, rewritten whole so that a resumed run repeats none."""
         if self.world.main and rows:
             text = io.StringIO()
-            writer = csv.DictWriter(text, list(rows[0]))
+            # Rows from before an update of r2 may have fewer columns.
+            writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()
             writer.writerows(rows)
             write(self.directory / f"curve-{phase}.csv", text.getvalue().encode())

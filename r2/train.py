@@ -3,10 +3,9 @@
 import contextlib
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,29 +17,26 @@ from torch.optim import Optimizer
 from r2.config import UserError
 from r2.console import Phase
 from r2.data.batches import IGNORED, Data, Inputs, chunk, mix
-from r2.dist import World
+from r2.dist import World, stop_handlers, stopped
 from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
 from r2.store import Run
+from r2.timing import Timing, summary
 
 
 class _Stop:
-    """Set by SIGTERM or SIGUSR1; the loop then writes a checkpoint and leaves with 128 + the signal's number."""
+    """Set by a signal; the loop then writes a checkpoint and leaves with 128 + the signal's number."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self.handlers: dict[int, Any] = {}  # of before
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
+        with stop_handlers() as self.handlers:
+            for number in self.handlers:
+                signal.signal(number, self._set)
             yield
-            return
-        previous = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _set(self, number: int, _: Any) -> None:
         self.signal = number
@@ -66,14 +62,14 @@ def train(
         batchnorm: 'freeze' keeps the statistics that the model comes with.
 
     Returns:
-        seconds, images_per_second, and the curve's rows.
+        seconds, images_per_second (evaluation and checkpoints included), timing of the steps, and the curve's rows.
 
     Raises:
         UserError: the loss is not finite; names the step, the learning rate and the layer with the largest gradient.
         SystemExit: stopped by a signal, after writing a checkpoint.
     """
     world, device = run.world, run.world.device
-    _check_batch(recipe, world, phase)
+    check_batch(recipe, world, phase)
     steps = data.steps(recipe.batch_size)
     total, warmup = steps * recipe.epochs, round(steps * recipe.warmup_epochs)
     for optimizer in optimizers:
@@ -97,8 +93,10 @@ def train(
     def write_checkpoint() -> None:
         nonlocal saved
         position.seconds, position.sums = before + time.monotonic() - began, sums.cpu()
+        position.timing.note_memory(device)
         run.save_state(phase, **_state(position, model, optimizers, scaler, regularizer))
         saved = time.monotonic()
+        position.timing.begin()
 
     with stop.watch(), Phase(phase, total, position.epoch * steps + position.step, world.main) as bar:
         while position.epoch < recipe.epochs:
@@ -107,7 +105,7 @@ def train(
             model.train()
             if batchnorm == "freeze":
                 _freeze_batchnorm(model)
-            batches = data.train(recipe.batch_size, run.seed, position.epoch, position.step)
+            batches = position.timing.waiting(data.train(recipe.batch_size, run.seed, position.epoch, position.step))
             losses: list[Tensor] = []
             for inputs, labels in batches:
                 step = position.epoch * steps + position.step
@@ -137,6 +135,8 @@ def train(
                 scaler.update()
                 sums[:3] += seen
                 position.step += 1
+                if due:
+                    position.timing.mark()
                 if bar.due():
                     bar.update(step + 1, _running(sums, position, recipe, factor * recipe.lr, steps, began, before))
                 if due and position.step < steps and _any_stop(stop, world):
@@ -145,13 +145,12 @@ def train(
                 if due and position.step < steps and time.monotonic() - saved >= run.checkpoint_seconds:
                     write_checkpoint()
             row = _epoch_row(phase, position, sums, world, data, model, recipe, regularizer, optimizers[0])
-            row["images_per_second"] = round(row["images_per_second"] / (before + time.monotonic() - began), 1)
             position.rows.append(row)
             run.write_curve(phase, position.rows)
             run.log(row)
             bar.epoch(_line(row, recipe.epochs))
             sums.zero_()
-            position.epoch, position.step = position.epoch + 1, 0
+            position.epoch, position.step, position.timing = position.epoch + 1, 0, Timing()
             last = position.epoch == recipe.epochs
             if last or time.monotonic() - saved >= run.checkpoint_seconds:
                 write_checkpoint()
@@ -159,8 +158,12 @@ def train(
                 write_checkpoint()
                 raise _interrupted(run, phase, stop)
     seconds = before + time.monotonic() - began if before == 0 or state is None else max(before, position.seconds)
-    rate = position.rows[-1]["images_per_second"] if position.rows else 0.0
-    return {"seconds": round(seconds, 2), "images_per_second": rate, "rows": position.rows}
+    return {
+        "seconds": round(seconds, 2),
+        "images_per_second": round(total * recipe.batch_size / seconds, 1),
+        "timing": summary(position.rows),
+        "rows": position.rows,
+    }
 
 
 def _freeze_batchnorm(model: nn.Module) -> None:
@@ -178,9 +181,14 @@ class _Position:
     seconds: float = 0.0
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
     rows: list[dict] = field(default_factory=list)
+    timing: Timing = field(default_factory=Timing)
 
 
-def _check_batch(recipe: Recipe, world: World, phase: str) -> None:
+def check_batch(recipe: Recipe, world: World, phase: str) -> None:
+    """
+    Raises:
+        UserError: a step's batch cannot be shared out evenly.
+    """
     parts = world.size * recipe.accumulate
     if recipe.batch_size % parts:
         raise UserError(
@@ -250,7 +258,7 @@ def _any_stop(stop: _Stop, world: World) -> bool:
 
 def _interrupted(run: Run, phase: str, stop: _Stop) -> SystemExit:
     run.say(f"{phase}: stopped by signal {int(stop.signal)}; the same command goes on from here")
-    return SystemExit(128 + int(stop.signal))
+    return stopped(stop.signal, stop.handlers)
 
 
 def _state(
@@ -261,7 +269,7 @@ def _state(
     regularizer: Regularizer | None,
 ) -> dict:
     return {
-        "position": vars(position),
+        "position": asdict(position),
         "model": model.state_dict(),
         "optimizers": [o.state_dict() for o in optimizers],
         "scaler": scaler.state_dict(),
@@ -283,7 +291,8 @@ def _restore(
     scaler.load_state_dict(state["scaler"])
     if regularizer is not None:
         regularizer.load_state_dict(state["regularizer"])
-    return _Position(**state["position"])
+    saved = state["position"]
+    return _Position(**{**saved, "timing": Timing(**saved.get("timing", {}))})  # an older version saved none
 
 
 def _epoch_row(
@@ -310,7 +319,7 @@ def _epoch_row(
         "val_top1": held_out["top1"],
         "val_top5": held_out["top5"],
         "lr": optimizer.param_groups[0]["lr"],
-        "images_per_second": data.steps(recipe.batch_size) * recipe.batch_size * (position.epoch + 1),
+        **position.timing.row(recipe.batch_size, world),
         **(regularizer.log() if regularizer is not None else {}),
     }
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from r2.config import UserError
 from r2.data.batches import IGNORED, Data, mix
-from r2.dist import World
+from r2.dist import World, ignore_stop_signals
 
 PIECE = 16  # images of one task of a worker
 AHEAD = 8  # pieces that each worker may be ahead of the main process
@@ -110,6 +110,7 @@ class Images(Data):
                 prefetch_factor=AHEAD if self.workers else None,
                 persistent_workers=self.workers > 0,
                 collate_fn=_as_it_is,
+                worker_init_fn=_started_worker,
                 generator=torch.Generator(),  # the model's random numbers stay as they are
             )
         return self._loader
@@ -183,6 +184,10 @@ class _Tasks:
 
 def _as_it_is(done: Any) -> Any:
     return done
+
+
+def _started_worker(_: int) -> None:
+    ignore_stop_signals()
 
 
 class _Decoder(torch.utils.data.Dataset):

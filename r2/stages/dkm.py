@@ -69,6 +69,7 @@ class DKM(Stage):
             "details": {"left_out_weights": left_out},
             "epochs": self.epochs,
             "images_per_second": done["images_per_second"],
+            "timing": done["timing"],
             "seconds": {"cluster": round(clustered - began, 2), "dkm": done["seconds"]},
         }
 

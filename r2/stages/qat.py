@@ -112,6 +112,7 @@ class QAT(Stage):
             "sqnr_db": signal_to_noise(model, images),
             "epochs": recipe.epochs,
             "images_per_second": done["images_per_second"],
+            "timing": done["timing"],
             "seconds": {"calibrate": round(calibrated - began, 2), name: done["seconds"]},
         }
 

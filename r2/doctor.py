@@ -1,0 +1,152 @@
+"""check=true: what a run will do and whether it would start, found out without training and without writing anything.
+
+python -m r2.run data=imagenet model=rn18 devices=8 check=true
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from r2 import estimate, store
+from r2.cli import last_line
+from r2.config import UserError, build
+from r2.console import say
+from r2.dist import World, device_count
+from r2.plan import Cell, cell_of
+from r2.recipe import Recipe
+from r2.stages.stage import Stage
+from r2.train import check_batch
+
+# Models that lie on the disk at the same time, at most: three checkpoints of the stage (the last, the one before, the
+# one being written) of a model and two moments each, the pretrained and the final model, and the compressed file.
+_COPIES = 12
+
+
+def check(config: dict) -> None:
+    """Say what the run will do, and one line per problem on stderr.
+
+    Raises:
+        UserError: the run would not start.
+    """
+    cell, stage, recipe = cell_of(config), build(config["stage"]), build(config["recipe"])
+    world, classes = World(device=_device()), 1000
+    problems: list[str] = []
+
+    @contextlib.contextmanager
+    def noting() -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            problems.append(last_line(error))
+
+    with noting():
+        world = replace(world, size=int(os.environ.get("WORLD_SIZE", 0)) or device_count(config["devices"]))
+        say(f"devices: {world.size} x {_device_name(world.device)}")
+        _check_batches(cell, stage, recipe, world)
+    with noting():
+        data = build(config["data"]).to(world)
+        classes = data.num_classes
+        say(f"data: {cell.axes['data']}, {data.describe()}")
+        began = time.perf_counter()
+        _, labels = next(data.train(recipe.batch_size, config["seed"], 0))
+        say(f"data: the first batch, {len(labels):,} for each process, took {time.perf_counter() - began:.2f} s")
+    with noting():
+        with torch.device("meta"):
+            model = build(config["model"], num_classes=classes)
+        stage.check(model)
+        say(f"disk: {_room(Path(config['out']), model)}")
+    say(f"compiler: {_compiler(world.device)}")
+    with noting():
+        for line in _progress(cell):
+            say(line)
+    with noting():
+        for line in estimate.describe([cell], None, estimate.speeds_here(config, Path(config["out"]))):
+            say(line)
+    for problem in problems:
+        print(f"r2: {problem}", file=sys.stderr)
+    if problems:
+        raise UserError(f"the run would not start: {len(problems)} problem{'s' * (len(problems) > 1)}, see above")
+    say("the run would start")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"CPU process of {os.cpu_count()} cores"
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+    return f"{torch.cuda.get_device_name(device)}, {free:.0f} of {total:.0f} GiB free"
+
+
+def _check_batches(cell: Cell, stage: Stage, recipe: Recipe, world: World) -> None:
+    check_batch(recipe, world, "recipe")
+    if cell.config["stage"].get("epochs") and not stage.from_scratch:
+        check_batch(replace(recipe, batch_size=cell.config["stage"]["batch_size"]), world, "stage")
+
+
+def _room(out: Path, model: nn.Module) -> str:
+    """
+    Raises:
+        UserError: `out` cannot be written, or its disk has too little room.
+    """
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    store.make_directory(existing)
+    needed = _COPIES * sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 2**30
+    free = shutil.disk_usage(existing).free / 2**30
+    if free < needed:
+        raise UserError(
+            f"out={out}: {free:.2f} GiB are free and the run may need {needed:.2f} GiB; "
+            "make room or choose another with out=DIR"
+        )
+    return f"up to {needed:.2f} GiB of {free:,.0f} GiB free under {existing}"
+
+
+def _compiler(device: torch.device) -> str:
+    """The compiler that the fused kernels need; without it they are PyTorch's own operations, and slower."""
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch.compile looks for it
+    found = shutil.which(name)
+    missing = [] if found else [f"no {name} (CXX names another)"]
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing.append("no triton")
+    return f"{' and '.join(missing)}: kernels are not fused, and slower" if missing else f"{found}, kernels are fused"
+
+
+def _progress(cell: Cell) -> Iterator[str]:
+    """What exists of the run and of its pretraining.
+
+    Raises:
+        UserError: a checkpoint that cannot be used.
+    """
+    finished = (cell.directory / "record.json").exists()
+    if finished:
+        again = "is repeated because of force=true" if cell.config["force"] else "is not repeated (force=true does it)"
+        yield f"run: {cell.directory} is finished and {again}"
+    if not finished or cell.config["force"]:
+        yield from _state(cell, "run", cell.directory, cell.name.rsplit("-", 1)[1])
+    for directory in Path(cell.config["out"], "pretrained").glob(f"*-{cell.pretraining}"):
+        yield from _state(cell, "pretraining", directory, directory.name.rsplit("-", 1)[1])
+        if (directory / "model.pt").exists():
+            store.load(directory / "model.pt")
+
+
+def _state(cell: Cell, what: str, directory: Path, key: str) -> Iterator[str]:
+    held_by = store.holder(directory)
+    if held_by:
+        yield f"{what}: {held_by} is working on {directory}; the run waits for it"
+    run = store.Run(directory, key, World(), cell.config["seed"], 0, lambda row: None)
+    for checkpoint in sorted(directory.glob("*.ckpt")):
+        state = run.resume(checkpoint.stem)
+        if state is not None:
+            epoch, step = state["position"]["epoch"] + 1, state["position"]["step"]
+            yield f"{what}: {checkpoint} goes on at epoch {epoch}, step {step}"

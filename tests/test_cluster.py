@@ -1,0 +1,164 @@
+"""Launchers and clusters in small: SLURM's scripts, jobs that are preempted, and two nodes on the loopback."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENV, SMALL
+
+from r2 import cli
+from r2.dist import STOP_SIGNALS, stop_handlers, stopped
+
+# One step and one checkpoint per epoch, so that there is always one to go on from and always something left to do.
+ARGS = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=10", "recipe.epochs=40", "checkpoint_seconds=0"]
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux") or (os.cpu_count() or 1) < 2, reason="Linux, two cores")
+
+
+def digests(out):
+    records = [json.loads(path.read_text()) for path in out.glob("*/record.json")]
+    return {(r["axes"]["reg"], r["axes"]["stage"]): r["sha256"] for r in records}
+
+
+def wait_for(condition, what, seconds=300):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.02)
+
+
+def test_a_stop_is_told_to_the_handler_of_before():
+    told = []
+    with stop_handlers() as outer:
+        signal.signal(signal.SIGUSR2, lambda number, frame: told.append(number))
+        with stop_handlers() as handlers:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            assert stopped(signal.SIGUSR2, handlers).code == 140 and told == [signal.SIGUSR2]
+            assert stopped(signal.SIGTERM, handlers).code == 143  # nobody handled it
+        assert signal.getsignal(signal.SIGUSR2) is handlers[signal.SIGUSR2]
+    assert signal.getsignal(signal.SIGUSR2) == outer[signal.SIGUSR2]
+
+
+def test_slurm_without_its_package_names_the_mend():
+    text = "In 'hydra/launcher/slurm': Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options in "
+    error = cli.HydraException(text + "'hydra/launcher':\n\tbasic\n\tslurm")
+    assert "pip install 'r2[cluster]'" in cli.one_line(error)
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A PATH on which sbatch keeps the script that it is given, and refuses it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, body in (("sbatch", f'cp "$1" {tmp_path}/script; echo refused >&2; exit 1'), ("srun", "exit 1")):
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755 | stat.S_IXUSR)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_slurm_gets_an_array_that_is_warned_and_requeued(r2, tmp_path, slurm):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", "experiment=table2", "data=imagenet", "hydra/launcher=slurm", "hydra.launcher.partition=gpu"]
+    done = r2(*words, env=slurm)
+    assert done.returncode == 1 and "refused" in done.stderr
+    script = (tmp_path / "script").read_text()
+    for line in ("--array=0-59%20", "--partition=gpu", "--gpus-per-node=8", "--requeue", "--signal=USR2@120",
+                 "--time=1440", "--nodes=1", "--ntasks-per-node=1"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script, line
+
+
+@pytest.mark.slow
+@LINUX
+def test_a_preempted_job_goes_back_into_the_queue_and_goes_on(tmp_path):
+    """Two cells of Table 3 as jobs of submitit's local executor; one is warned as SLURM warns."""
+    pytest.importorskip("submitit")
+    words = ["-m", "experiment=table3", *ARGS, "reg=l2,linf"]
+
+    def sweep(out, *more):
+        command = [sys.executable, "-m", "r2.run", f"out={out}", *words, *more]
+        return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    out = tmp_path / "jobs"
+    process = sweep(out, "hydra/launcher=local")
+    wait_for(lambda: [*out.glob("pretrained/*_l2_*/pretrain.previous")] or process.poll() is not None, "no checkpoint")
+    (owner,) = out.glob("pretrained/*_l2_*/.owner")
+    os.kill(int(owner.read_text().split()[1]), signal.SIGUSR2)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    logs = [path.read_text() for path in out.glob(".submitit/**/*.out")]
+    assert sum("going on at epoch" in log for log in logs) == 1 and len(logs) == 2
+    output, _ = (whole := sweep(tmp_path / "whole")).communicate(timeout=600)
+    assert whole.returncode == 0, output
+    assert len(digests(out)) == 2 and digests(out) == digests(tmp_path / "whole")
+
+
+class Node:
+    """A node of a cluster: torchrun's agent and its workers, in a process group of their own."""
+
+    def __init__(self, out, port, host, workers):
+        self.log = out.with_suffix(f".{time.monotonic_ns()}.log")
+        rendezvous = [f"--rdzv-endpoint=localhost:{port}", f"--rdzv-conf=is_host={host},join_timeout=600"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={workers}",
+                   "--rdzv-backend=c10d", "--rdzv-id=r2", *rendezvous, "--local-addr=localhost", "--max-restarts=3",
+                   "--monitor-interval=0.2", "-m", "r2.run", f"out={out}", *ARGS, "recipe.sync_bn=true"]  # fmt: skip
+        with self.log.open("w") as log:
+            self.agent = subprocess.Popen(command, env=ENV, stdout=log, stderr=log, start_new_session=True)
+
+    def workers(self):
+        tasks = Path(f"/proc/{self.agent.pid}/task").glob("*/children")
+        return [int(pid) for task in tasks for pid in task.read_text().split()]
+
+    def lose(self):
+        os.killpg(self.agent.pid, signal.SIGKILL)
+        self.agent.wait()
+
+    def end(self):
+        assert self.agent.wait(timeout=600) == 0, self.log.read_text()[-3000:]
+
+
+@pytest.mark.slow
+@LINUX
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_nodes_survive_a_killed_worker_and_a_lost_node(tmp_path, workers):
+    def checkpoints(out):
+        return [path.stat().st_mtime_ns for path in out.glob("pretrained/*/pretrain.ckpt")]
+
+    def progress(out):
+        """Returns once the run, as it is now, has written two checkpoints more."""
+        seen = set(checkpoints(out))
+        wait_for(lambda: len(seen.update(checkpoints(out)) or seen) >= 3, first.log.read_text)
+
+    def start(out, host):
+        return Node(out, port, host, workers)
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "lost"
+    first, second = start(out, 1), start(out, 0)
+    try:
+        progress(out)
+        os.kill(second.workers()[0], signal.SIGKILL)
+        progress(out)
+        second.lose()
+        second = start(out, 0)
+        first.end()
+        second.end()
+    finally:
+        for node in (first, second):
+            if node.agent.poll() is None:
+                node.lose()
+    assert first.log.read_text().count("going on at epoch") == 2
+    whole = tmp_path / "whole"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={2 * workers}",
+               "-m", "r2.run", f"out={whole}", *ARGS, "recipe.sync_bn=true"]  # fmt: skip
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert digests(out) == digests(whole)

@@ -1,0 +1,89 @@
+"""check=true: what is said, what is a problem, and that nothing is written."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL
+from filelock import FileLock
+
+from r2 import doctor, store
+from r2.config import UserError
+from r2.plan import cells_of
+
+
+def cell(out, *words):
+    return cells_of([*SMALL, f"out={out}", "stage=ewgs", *words])[0]
+
+
+def problems(capsys, config):
+    with pytest.raises(UserError, match="would not start"):
+        doctor.check(config)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
+    of_run = cell(tmp_path / "out")
+    doctor.check(of_run.config)
+    said = capsys.readouterr()
+    for part in ("1 x CPU", "256 training and 100 validation images", "the first batch, 64 for each", "GiB free",
+                 "kernels are", f"missing   {of_run.name}", "which need 1 pretrainings", "would start"):  # fmt: skip
+        assert part in said.out, part
+    assert not said.err and not (tmp_path / "out").exists()
+    assert cell(tmp_path / "out", "check=true").name == of_run.name
+
+
+def test_every_problem_is_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    words = ["data=imagenet", f"data.root={tmp_path}", "recipe=smoke"]
+    lines = problems(capsys, cell(tmp_path / "file" / "out", *words).config)
+    assert len(lines) == 3 and all(line.startswith("r2: ") for line in lines)
+    assert "batch_size=64 does not divide by 5 devices" in lines[0]
+    assert "0 class folders, not 1000" in lines[1] and "cannot write to" in lines[2]
+
+
+def test_a_full_disk_is_a_problem(tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    (line,) = problems(capsys, cell(tmp_path / "out").config)
+    assert "0.00 GiB are free" in line and "choose another with out=DIR" in line
+
+
+def test_what_exists_is_locked_or_half_done_is_told(tmp_path, capsys):
+    of_run = cell(tmp_path)
+    key = of_run.name.rsplit("-", 1)[1]
+    pretraining = tmp_path / "pretrained" / f"fake-{of_run.pretraining}"
+    for directory, owner in ((of_run.directory, key), (pretraining, of_run.pretraining)):
+        directory.mkdir(parents=True)
+        state = {"format": "r2", "key": owner, "position": {"epoch": 2, "step": 7}, "w": torch.zeros(100)}
+        store.save(directory / "phase.ckpt", state)
+    with FileLock(pretraining / ".lock"):
+        (pretraining / ".owner").write_text("process 7 on here\n")
+        doctor.check(of_run.config)
+    said = capsys.readouterr().out
+    assert said.count("phase.ckpt goes on at epoch 3, step 7") == 2
+    assert "process 7 on here is working on" in said and said.count("working on") == 1
+    checkpoint = of_run.directory / "phase.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-40])
+    (line,) = problems(capsys, of_run.config)
+    assert str(checkpoint) in line and "delete it to start again" in line
+    shutil.copy(pretraining / "phase.ckpt", checkpoint)
+    (line,) = problems(capsys, of_run.config)
+    assert "belongs to another config" in line
+
+
+def test_a_finished_run_is_told(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    of_run = cell(tmp_path / "out")
+    of_run.directory.mkdir()
+    (of_run.directory / "record.json").write_text('{"schema": 0}')
+    (line,) = problems(capsys, of_run.config)  # and it is not a record
+    assert "not a record" in line
+
+
+def test_the_command_line_ends_with_2(r2, tmp_path):
+    done = r2("data=imagenet", f"data.root={tmp_path}/none", "recipe=smoke", "check=true")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not r2.out.exists()
+    first, last = done.stderr.splitlines()
+    assert "0 class folders" in first and last == "r2: the run would not start: 1 problem, see above"
