@@ -74,6 +74,9 @@ def _check_node(node: dict, target: str, prefix: str) -> None:
         if key not in annotations:
             raise UserError(unknown_key(prefix + key, [prefix + name for name in annotations]))
     fields: dict[str, Any] = {key: (_evaluate(annotations[key]), ...) for key in node}
+    for key, value in node.items():
+        if "_target_" in repr(value):  # Hydra would call what it names
+            raise UserError(f"{prefix}{key}={value!r}: only a whole group names a callable")
     model = create_model("Node", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
     try:
         model(**node)
@@ -137,11 +140,12 @@ def build(node: dict, *args: Any, **kwargs: Any) -> Any:
     """
     if not str(node.get("_target_", "")).startswith("r2."):
         raise UserError(f"_target_={node.get('_target_')!r}: only targets inside r2 are built")
+    _check_node({k: v for k, v in node.items() if k != "_target_"}, node["_target_"], "")  # a record's may be anybody's
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     try:
-        return instantiate(node, *args, _convert_="all", **kwargs)
+        return instantiate(node, *args, _convert_="all", _recursive_=False, **kwargs)
     except InstantiationException as error:
         if error.__cause__ is not None:  # what went wrong, without Hydra's wrapping
             raise error.__cause__ from None

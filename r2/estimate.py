@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from r2 import record
 from r2.config import build
+from r2.hub import need_extra
 from r2.plan import PUBLISHED, Cell, groups
 
 # Training images of the published sets: a plan must not need the data.
 TRAIN_IMAGES = {"digits": 1437, "fashion_mnist": 60_000, "cifar10": 50_000, "imagenette": 9_469,
-                "imagenet": 1_281_167, "imagenet_shards": 1_281_167, "qnli": 104_743}  # fmt: skip
+                "imagenet": 1_281_167, "imagenet_shards": 1_281_167, "imagenet_dali": 1_281_167, "qnli": 104_743}  # fmt: skip
 UNKNOWN = "unknown"
 
 
@@ -60,8 +61,7 @@ class Speeds:
             return 0.0, ""
         rate = self._known.get((cell.axes["data"], cell.axes["model"], cell.axes["stage"]))
         if rate is None and epochs:
-            rate = self._trained(cell)
-            rate = rate and rate._replace(source="at least: as fast as pretraining")
+            rate = self._trained(cell)._replace(source="at least: as fast as pretraining")
         return (rate.seconds, rate.source) if rate and rate.seconds else self._training(rate, cell, epochs)
 
     def _training(self, rate: Rate | None, cell: Cell, epochs: int) -> tuple[float, str]:
@@ -75,27 +75,36 @@ class Speeds:
             return f"{self.processes} GPU{'s' * (self.processes > 1)} of this kind"
         return f"this machine's CPU, {self.processes} process{'es' * (self.processes > 1)}, one run at a time"
 
-    def _trained(self, cell: Cell) -> Rate | None:
-        """Speed of pretraining; None for text, which is not measured without its model at hand."""
+    def _trained(self, cell: Cell) -> Rate:
+        """Speed of pretraining."""
         key = cell.axes["data"], cell.axes["model"], "pretrain"
-        if key not in self._known and "image_size" in cell.config["data"]:
+        if key not in self._known:
             speed = measure(cell.config, self.device) * self.processes
             self._known[key] = Rate(speed, None, "measured now, without data")
-        return self._known.get(key)
+        return self._known[key]
 
 
 def measure(config: dict, device: str, steps: int = 2) -> float:
-    """Images/s of bare training steps of the config's model on random images of its size."""
-    size, classes = config["data"]["image_size"], 1000 if "imagenet" in config["choices"]["data"] else 10
-    batch = 256 if device == "cuda" else 4
-    model = build(config["model"], num_classes=classes).to(device, memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    """Examples/s of bare training steps of the config's model, on random images of its size or texts of full length."""
+    inputs: Any
+    batch = min(256 if device == "cuda" else 4, config["recipe"]["batch_size"])
+    if "max_length" in config["data"]:
+        need_extra()
+        from r2.mobilebert import network
+
+        model = network(2, {"classifier_activation": False}).to(device)  # the published one; a plan downloads nothing
+        ones = torch.ones(batch, config["data"]["max_length"], dtype=torch.long, device=device)
+        inputs = {"input_ids": ones, "attention_mask": ones, "token_type_ids": ones}
+    else:
+        size, classes = config["data"]["image_size"], 1000 if "imagenet" in config["choices"]["data"] else 10
+        model = build(config["model"], num_classes=classes).to(device, memory_format=torch.channels_last)
+        inputs = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=config["recipe"]["precision"] != "fp32"):
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(inputs), labels)
         loss.backward()
         loss.item()
         seconds.append(time.perf_counter() - began)
@@ -123,7 +132,6 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
             what = "finished" if done else f"missing{cost}" if waiting else "not needed"
             missing_pretrainings += bool(waiting and not done)
             total += seconds
-            unknown += source == UNKNOWN
             sources.add(source)
             yield (f"pretraining {axes['data']} {axes['model']} {axes['reg']} seed {axes['seed']}, "
                    f"{group[0].config['recipe']['epochs']} epochs: {what}")  # fmt: skip
@@ -145,7 +153,7 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
         cost = f" ({total * speeds.processes / 3600:.1f} GPU-hours)" if speeds.device == "cuda" else ""
         yield f"estimated {duration(total)} on {speeds.machine()}{cost}" + (f"; speeds: {known}" if known else "")
     if unknown:
-        yield f"not counted: {unknown} pretrainings and runs whose time no record tells"
+        yield f"not counted: {unknown} post-training runs whose time no record tells"
 
 
 def speeds_here(config: dict, *folders: Path | None) -> Speeds:

@@ -51,8 +51,8 @@ def collect(pretrained: Path, into: Path, records: list[dict]) -> None:
     for directory in sorted(path.parent for path in pretrained.glob("*/model.pt")):
         state = store.load(directory / "model.pt")
         sha256 = state["info"]["sha256"]
-        if sha256 not in classes:
-            continue
+        if sha256 not in classes or not any(w.ndim == 4 for w in state["model"].values()):
+            continue  # another recipe's, or a network without a convolution
         last = [w for w in state["model"].values() if w.ndim == 2][-1]
         model = build(json.loads((directory / "config.json").read_text())["model"], num_classes=len(last))
         model.load_state_dict(state["model"])

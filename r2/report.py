@@ -62,12 +62,13 @@ def page(records: list[dict], folder: Path) -> str:
     studies: list[dict[str, Any]] = []
     for number, (key, cells) in enumerate(tables.measured(records).items()):
         of_study = [r for r in records if tables.protocol(r) == key]
+        seeds = len({r["axes"]["seed"] for r in of_study})
         studies.append({
             "id": f"study-{number}",
             "protocol": key,
             "count": len(of_study),
-            "seeds": len({r["axes"]["seed"] for r in of_study}),
-            "tables": list(_tables(key, cells, _commands(of_study))),
+            "seeds": seeds,
+            "tables": list(_tables(key, cells, _commands(of_study), seeds)),
             "claims": claims.rows(found.get(key, [])),
             "provenance": _provenance(of_study),
         })  # fmt: skip
@@ -93,7 +94,10 @@ def _commands(records: list[dict]) -> dict[tuple[Row, Column], list[str]]:
     return found
 
 
-def _tables(key: Protocol, cells: Cells, commands: dict[tuple[Row, Column], list[str]]) -> Iterable[dict[str, Any]]:
+def _tables(
+    key: Protocol, cells: Cells, commands: dict[tuple[Row, Column], list[str]], seeds: int
+) -> Iterable[dict[str, Any]]:
+    """What the page shows of each table; a count stands only where it is not that of the study's `seeds`."""
     for grid in tables.grids(key, cells):
         columns = grid.columns
         rows = []
@@ -103,8 +107,9 @@ def _tables(key: Protocol, cells: Cells, commands: dict[tuple[Row, Column], list
                 by_seed = cells.get((row, column))
                 base = cells.get(((row[0], "l2"), column))
                 gain = _mean(by_seed) - _mean(base) if by_seed and base and row[1] != "l2" else 0.0
-                line.append({"text": tables.text(by_seed), "gain": round(max(-1.0, min(1.0, gain / 20)), 3),
-                             "commands": commands.get((row, column), [])})  # fmt: skip
+                shown = tables.text(by_seed).removesuffix(f" ({seeds})")
+                shade = round(max(-1.0, min(1.0, gain / 20)), 3)
+                line.append({"text": shown, "gain": shade, "commands": commands.get((row, column), [])})
             rows.append({"model": row[0], "reg": REGULARIZERS.get(row[1], row[1]), "cells": line})
         of_paper = tables.paper_grid(grid.number).rows if grid.number in TABLES else []
         on = TABLES[grid.number].data if of_paper else ""

@@ -28,10 +28,8 @@ _AXES = {"data", "model", "model.width_mult", "reg", "recipe", "stage", "stage.b
          "stage.act_bits", "stage.dim", "stage.skip_first_last", "seed"}  # fmt: skip
 _PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds", "dist_timeout_seconds", "data.root",
            "data.workers"}  # fmt: skip
-
-
-# Validation examples of the paper's data sets: fewer of them are another study.
-WHOLE = {"imagenet": 50_000, "qnli": 5_463}
+# Validation examples of the paper's data sets, ImageNet read in three ways: fewer of them are another study.
+WHOLE = {"imagenet": 50_000, "imagenet_shards": 50_000, "imagenet_dali": 50_000, "qnli": 5_463}
 
 
 class Column(NamedTuple):

@@ -86,7 +86,7 @@ def _described(config: dict) -> dict | None:
     if reg is None or config["seed"] != 0:
         return None
     data, model = (_option(group, {"_target_": config[group]["_target_"]}) for group in ("data", "model"))
-    name = model_name(model or "unnamed", config["model"].get("width_mult", 1.0))
+    name = model_name(model or "unnamed", config["model"].get("width_mult"))
     epochs = config["recipe"]["epochs"]
     return {"data": data, "model": name, "reg": reg, "seed": 0, "epochs": epochs, "recipe": config["recipe"]}
 

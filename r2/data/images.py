@@ -1,0 +1,263 @@
+"""Sets of encoded images: decoded and augmented in worker processes, normalised on the device.
+
+A worker writes pixels as uint8 into memory that it shares with the main process, `PIECE` images at a time; only the
+number of the place and the labels go through a queue. So a batch is copied once, and all workers serve it together.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from r2.config import UserError
+from r2.data.batches import IGNORED, Data, mix
+from r2.dist import World, ignore_stop_signals
+
+PIECE = 16  # images of one task of a worker
+AHEAD = 8  # pieces that each worker may be ahead of the main process
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
+
+
+class Source(Protocol):
+    """Where the encoded images of one split come from; sent to every worker.
+
+    Attributes:
+        labels: (n,) int64.
+    """
+
+    labels: np.ndarray
+
+    def read(self, index: int) -> Tensor:
+        """The bytes of one image (n,) uint8; raises OSError or RuntimeError."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
+        ...
+
+
+class Images(Data):
+    """Encoded images of two splits; crops, flips and their order depend on (seed, epoch, index) alone."""
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source,
+        num_classes: int,
+        image_size: int,
+        workers: int,
+        on_bad_image: str,
+        calibration_images: int,
+    ):
+        self.num_classes, self.image_size, self.workers = num_classes, image_size, workers
+        self.calibration_images, self.on_bad_image = calibration_images, on_bad_image
+        self._train_source, self._val_source = train, val
+        self.train_images, self.val_images = len(train.labels), len(val.labels)
+        self._tasks = _Tasks()
+        self._loader: Any = None
+        self._told: set[str] = set()
+
+    def describe(self) -> str:
+        counts = np.bincount(self._train_source.labels, minlength=self.num_classes)
+        return f"{super().describe()}, {counts.min():,} to {counts.max():,} training images per class"
+
+    def to(self, world: World) -> "Data":
+        # A row of pixels at a time: a broadcast over 3 channels alone would run in loops of 3.
+        rows = [torch.tensor(values, dtype=torch.float32) * 255 for values in (_MEAN, _STD)]
+        self._mean, self._std = (row.repeat(self.image_size).to(world.device) for row in rows)
+        return super().to(world)
+
+    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = [batch for batch in batches if len(batch)]
+        mine = self._tasks.plan(batches, seed, epoch, train)
+        pieces = iter(self._started())
+        for batch in batches:
+            if self._tasks.planned != mine:
+                raise RuntimeError("another pass over the data has begun; its workers serve one at a time")
+            n, size = len(batch), self.image_size
+            images = torch.empty(n, size, size, 3, device=self.world.device)
+            labels = torch.empty(n, dtype=torch.int64)
+            for at in range(0, n, PIECE):
+                done: _Done = next(pieces)
+                end = at + len(done.labels)
+                self._normalise(self._decoder.places[done.place, : end - at], images[at:end])
+                labels[at:end] = torch.tensor(done.labels)
+                self._note(done.bad)
+            if bool((labels == IGNORED).all()):
+                raise UserError(f"no image of a whole batch of {n} can be decoded; look at {done.bad[0][0]}")
+            yield images.permute(0, 3, 1, 2), labels.to(self.world.device, non_blocking=True)
+
+    def _started(self) -> Any:
+        """The loader with its worker processes, which live as long as the data set."""
+        if self._loader is None:
+            from torch.utils.data import DataLoader
+
+            self._tasks.places = self.workers * AHEAD + 1  # one more than the tasks that are under way
+            self._decoder = _Decoder(
+                self._train_source, self._val_source, self.image_size, self._memory(), self.on_bad_image
+            )
+            self._loader = DataLoader(
+                self._decoder,
+                batch_size=None,
+                sampler=self._tasks,
+                num_workers=self.workers,
+                prefetch_factor=AHEAD if self.workers else None,
+                persistent_workers=self.workers > 0,
+                worker_init_fn=ignore_stop_signals,
+                collate_fn=_as_it_is,
+                generator=torch.Generator(),  # the model's random numbers stay as they are
+            )
+        return self._loader
+
+    def _memory(self) -> Tensor:
+        """A place for every piece under way: (places, PIECE, h, w, 3) uint8, shared with the workers."""
+        shape = (self._tasks.places, PIECE, self.image_size, self.image_size, 3)
+        if self.workers == 0:
+            return torch.empty(shape, dtype=torch.uint8)
+        need, shared = int(np.prod(shape)), Path("/dev/shm")
+        if shared.is_dir() and shutil.disk_usage(shared).free < need:
+            raise UserError(
+                f"data.workers={self.workers}: needs {need >> 20} MiB in {shared}, which has "
+                f"{shutil.disk_usage(shared).free >> 20} free; lower it, or give the container a larger --shm-size"
+            )
+        return torch.empty(shape, dtype=torch.uint8).share_memory_()
+
+    def _normalise(self, pixels: Tensor, out: Tensor) -> None:
+        """uint8 pixels (n, h, w, 3) to the device, as float with zero mean and unit deviation into `out`."""
+        if out.is_cuda and not pixels.is_cuda:
+            pixels = pixels.pin_memory()  # its copy outlives the place, which the next task may take
+        width = 3 * self.image_size
+        rows = out.view(-1, width)
+        rows.copy_(pixels.to(out.device, non_blocking=True).view(-1, width)).sub_(self._mean).div_(self._std)
+
+    def _note(self, bad: list[tuple[str, str]]) -> None:
+        self.skipped += len(bad)
+        for name, why in bad:
+            if name not in self._told:
+                self._told.add(name)
+                print(f"r2: skipped {name}: {why}", flush=True)
+
+
+class _Task(NamedTuple):
+    """One piece of a batch, everything a worker has to know of it."""
+
+    place: int
+    indices: list[int]
+    seed: int
+    epoch: int
+    train: bool | None
+
+
+class _Done(NamedTuple):
+    place: int
+    labels: list[int]
+    bad: list[tuple[str, str]]  # names and reasons
+
+
+class _Tasks:
+    """The tasks of the coming pass; a DataLoader keeps its sampler, so its content changes instead."""
+
+    places = 1
+    planned = 0
+
+    def plan(self, batches: Iterable[Tensor], seed: int, epoch: int, train: bool | None) -> int:
+        """Replace the tasks; returns the number of this pass."""
+        self._coming = (batches, seed, epoch, train)
+        self.planned += 1
+        return self.planned
+
+    def __iter__(self) -> Iterator[_Task]:
+        batches, seed, epoch, train = self._coming
+        pieces = (piece for batch in batches for piece in batch.split(PIECE))
+        for number, piece in enumerate(pieces):  # as they are needed: an epoch has a million indices
+            yield _Task(number % self.places, piece.tolist(), seed, epoch, train)
+
+    def __len__(self) -> int:
+        return sum(-(-len(batch) // PIECE) for batch in self._coming[0])
+
+
+def _as_it_is(done: Any) -> Any:
+    return done
+
+
+class _Decoder(torch.utils.data.Dataset):
+    """What a worker does: `PIECE` images into their place."""
+
+    def __init__(self, train: Source, val: Source, image_size: int, places: Tensor, on_bad_image: str):
+        from torchvision.transforms import v2
+
+        self._sources = {True: train, None: train, False: val}
+        self.places, self._skip = places, on_bad_image == "skip"
+        self._size = image_size
+        self._crop = v2.RandomResizedCrop(image_size)
+        self._plain = v2.Compose([v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)])
+
+    def __getitem__(self, task: _Task) -> _Done:
+        source, place = self._sources[task.train], self.places[task.place]
+        labels, bad = source.labels[task.indices].tolist(), []
+        with torch.random.fork_rng(devices=[]):
+            for i, index in enumerate(task.indices):
+                try:
+                    image = decode(source.read(index))
+                except (OSError, RuntimeError) as error:
+                    name, why = source.name(index), reason(error)
+                    if not self._skip:
+                        raise UserError(
+                            f"{name}: cannot be decoded ({why}); data.on_bad_image=skip leaves it out"
+                        ) from None
+                    bad.append((name, why))
+                    labels[i] = IGNORED
+                    place[i] = 0
+                    continue
+                pixels = place[i].permute(2, 0, 1)
+                if task.train:
+                    self._augment(image, mix(task.seed, task.epoch, index), pixels)
+                else:
+                    pixels.copy_(self._plain(image))
+        return _Done(task.place, labels, bad)
+
+    def _augment(self, image: Tensor, seed: int, out: Tensor) -> None:
+        """What torchvision's two transforms give, with fewer copies."""
+        top, left, height, width, flip = self.draw(image, seed)
+        # Channels last in four dimensions, as torchvision's resize does not keep them: no copy changes the layout.
+        crop = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
+        resized = F.interpolate(crop, (self._size, self._size), mode="bilinear", antialias=True)[0]
+        out.copy_(resized.flip(-1) if flip else resized)
+
+    def draw(self, image: Tensor, seed: int) -> tuple[int, int, int, int, bool]:
+        """The draws of RandomResizedCrop (top, left, height, width) and RandomHorizontalFlip after manual_seed(seed).
+
+        They come from PyTorch's global generator.
+        """
+        torch.default_generator.manual_seed(seed)
+        box = self._crop.make_params([image])
+        return box["top"], box["left"], box["height"], box["width"], bool(torch.rand(1) < 0.5)
+
+
+def decode(encoded: Tensor) -> Tensor:
+    """uint8 pixels (3, h, w) of a JPEG, PNG, WebP or GIF: CMYK, grey, alpha and 16 bits become plain RGB.
+
+    Raises:
+        RuntimeError: not such an image, or damaged.
+    """
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2.functional import to_dtype
+
+    if len(encoded) == 0:
+        raise RuntimeError("is empty")
+    image = decode_image(encoded, mode=ImageReadMode.RGB)
+    if image.ndim == 4:  # an animation
+        image = image[0]
+    return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
+
+
+def reason(error: Exception) -> str:
+    """The first sentence, without the function and source file that torchvision puts in front."""
+    line = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
+    return line.partition(". ")[0]

@@ -1,0 +1,35 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from r2.recipe import Recipe, finetuning, learning_rate, optimizer_of
+from r2.regularizers import L2, Margin
+
+MODEL = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+
+
+def recipe(**changed):
+    return Recipe(**{"epochs": 1, "batch_size": 1, "lr": 0.1, "weight_decay": 0.01} | changed)
+
+
+def test_schedules_start_at_the_learning_rate_and_end_near_0():
+    assert [learning_rate(step, 10, 0, "linear") for step in (0, 5, 9)] == pytest.approx([1, 0.5, 0.1])
+    assert [learning_rate(step, 12, 2, "linear") for step in (0, 1, 2, 7, 11)] == pytest.approx([0.5, 1, 1, 0.5, 0.1])
+    last = (1 + math.cos(0.9 * math.pi)) / 2
+    assert [learning_rate(step, 10, 0) for step in (0, 5, 9)] == pytest.approx([1, 0.5, last])
+
+
+def test_sgd_decays_everything_and_adamw_matrices_alone():
+    sgd = optimizer_of(MODEL, recipe(), L2(MODEL, factor=10))
+    assert isinstance(sgd, torch.optim.SGD) and [g["weight_decay"] for g in sgd.param_groups] == [0.1]
+    adamw = optimizer_of(MODEL, recipe(optimizer="adamw"), Margin(MODEL))
+    decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    assert isinstance(adamw, torch.optim.AdamW) and len(decays) == 6 + 1  # with the margins
+    assert all(decays[id(p)] == (0.01 if p.ndim == 2 else 0.0) for p in MODEL.parameters())
+
+
+def test_fine_tuning_keeps_the_optimizer_and_the_schedule():
+    kept = finetuning(recipe(optimizer="adamw", schedule="linear"), 2, 8, 0.5, 0.0)
+    assert (kept.optimizer, kept.schedule, kept.epochs, kept.lr) == ("adamw", "linear", 2, 0.5)
