@@ -14,8 +14,9 @@ from r2.hub import need_extra
 from r2.plan import PUBLISHED, Cell, groups
 
 # Training images of the published sets: a plan must not need the data.
-TRAIN_IMAGES = {"digits": 1437, "fashion_mnist": 60_000, "cifar10": 50_000, "imagenette": 9_469,
-                "imagenet": 1_281_167, "imagenet_shards": 1_281_167, "imagenet_dali": 1_281_167, "qnli": 104_743}  # fmt: skip
+_IMAGENET = dict.fromkeys(("imagenet", "imagenet_shards", "imagenet_dali"), 1_281_167)
+TRAIN_IMAGES = {"digits": 1437, "fashion_mnist": 60_000, "cifar10": 50_000, "imagenette": 9_469, "qnli": 104_743,
+                **_IMAGENET}  # fmt: skip
 UNKNOWN = "unknown"
 
 

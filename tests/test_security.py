@@ -31,9 +31,9 @@ def composed(*overrides):
     GlobalHydra.instance().clear()
     with initialize_config_dir(cli.CONFIGS, version_base="1.3"):
         cfg = compose("config", list(overrides), return_hydra_config=True)
-    choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
-    names = [name for name in cfg if name != "hydra"]
-    return cli.resolve(OmegaConf.masked_copy(cfg, names), choices, list(overrides))
+        choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+        names = [name for name in cfg if name != "hydra"]
+        return cli.resolve(OmegaConf.masked_copy(cfg, names), choices)
 
 
 class Bomb:

@@ -111,6 +111,7 @@ class Images(Data):
                 persistent_workers=self.workers > 0,
                 worker_init_fn=ignore_stop_signals,
                 collate_fn=_as_it_is,
+                worker_init_fn=_started_worker,
                 generator=torch.Generator(),  # the model's random numbers stay as they are
             )
         return self._loader
@@ -184,6 +185,10 @@ class _Tasks:
 
 def _as_it_is(done: Any) -> Any:
     return done
+
+
+def _started_worker(_: int) -> None:
+    ignore_stop_signals()
 
 
 class _Decoder(torch.utils.data.Dataset):
