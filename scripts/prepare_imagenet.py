@@ -65,7 +65,10 @@ def write_shard(job: Job) -> dict:
     torch.set_num_threads(1)
     index_path, wanted = job.path.with_suffix(".npz"), key(job)
     if index_path.exists() and job.path.exists():
-        index = read_index(job.path)
+        try:
+            index = read_index(job.path)
+        except UserError:
+            index = {"key": "damaged"}
         if str(index["key"]) == wanted and job.path.stat().st_size == index["bytes"]:
             return line(job, index)
     index_path.unlink(missing_ok=True)  # it says that the shard is complete

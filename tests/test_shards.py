@@ -264,12 +264,13 @@ def test_a_stopped_preparation_goes_on(folder, shards, tmp_path, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     (out / "manifest.json").unlink()
     (out / "train-00002.npz").unlink()  # killed between the shard and its index
+    (out / "train-00003.npz").write_bytes(b"damaged")
     (out / "val-00000.tar").unlink()
     (out / ".val-00000.tar.part").write_bytes(b"half")
     assert prepare(monkeypatch, "--source", folder, "--out", out, *SHAPE) == 0
     assert (out / "manifest.json").read_text() == (shards / "manifest.json").read_text()
     again = {path.name for path in out.glob("*.tar") if path.stat().st_mtime_ns != before[path.name]}
-    assert again == {"train-00002.tar", "val-00000.tar"} and not list(out.glob("*.part"))
+    assert again == {"train-00002.tar", "train-00003.tar", "val-00000.tar"} and not list(out.glob("*.part"))
     prepare(monkeypatch, "--source", folder, "--out", out, "--size", 48, "--per-shard", 10)  # other settings: all again
     assert json.loads((out / "manifest.json").read_text())["stored_size"] == 48
 

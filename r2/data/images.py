@@ -132,10 +132,11 @@ class Images(Data):
     def _normalise(self, pixels: Tensor, out: Tensor) -> None:
         """uint8 pixels (n, h, w, 3) to the device, as float with zero mean and unit deviation into `out`."""
         if out.is_cuda and not pixels.is_cuda:
-            pixels = pixels.pin_memory()  # its copy outlives the place, which the next task may take
+            # The pinned copy outlives the place, which the next task may take.
+            pixels = pixels.pin_memory().to(out.device, non_blocking=True)
         width = 3 * self.image_size
         rows = out.view(-1, width)
-        rows.copy_(pixels.to(out.device, non_blocking=True).view(-1, width)).sub_(self._mean).div_(self._std)
+        rows.copy_(pixels.to(out.device).view(-1, width)).sub_(self._mean).div_(self._std)
 
     def _note(self, bad: list[tuple[str, str]]) -> None:
         self.skipped += len(bad)
