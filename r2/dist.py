@@ -161,7 +161,7 @@ def stopped(number: int, handlers: dict[int, Any]) -> SystemExit:
     return SystemExit(128 + number)
 
 
-def ignore_stop_signals(worker: int) -> None:
+def ignore_stop_signals() -> None:
     """For data workers: a batch system may signal every process of a job, and only the main one has an answer."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -109,7 +109,6 @@ class Images(Data):
                 num_workers=self.workers,
                 prefetch_factor=AHEAD if self.workers else None,
                 persistent_workers=self.workers > 0,
-                worker_init_fn=ignore_stop_signals,
                 collate_fn=_as_it_is,
                 worker_init_fn=_started_worker,
                 generator=torch.Generator(),  # the model's random numbers stay as they are
