@@ -29,7 +29,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.signal = 0
-        self.handlers: dict[int, Any] = {}  # of before
+        self.handlers: dict[int, Any] = {}  # those that stand back while this one watches
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:

@@ -1,6 +1,8 @@
 """Launchers and clusters in small: SLURM's scripts, jobs that are preempted, and two nodes on the loopback."""
 
+import csv
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,10 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ENV, SMALL
+from torchvision.io import write_jpeg
 
 from r2 import cli
-from r2.dist import STOP_SIGNALS, stop_handlers, stopped
+from r2.data.folder import Folder
+from r2.dist import STOP_SIGNALS, World, stop_handlers, stopped
 
 # One step and one checkpoint per epoch, so that there is always one to go on from and always something left to do.
 ARGS = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=10", "recipe.epochs=40", "checkpoint_seconds=0"]
@@ -24,6 +29,11 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux") or (os.cpu_count
 def digests(out):
     records = [json.loads(path.read_text()) for path in out.glob("*/record.json")]
     return {(r["axes"]["reg"], r["axes"]["stage"]): r["sha256"] for r in records}
+
+
+def epochs(out):
+    (path,) = out.glob("pretrained/*/curve-pretrain.csv")
+    return [row["epoch"] for row in csv.DictReader(path.read_text().splitlines())]
 
 
 def wait_for(condition, what, seconds=300):
@@ -44,6 +54,21 @@ def test_a_stop_is_told_to_the_handler_of_before():
             assert stopped(signal.SIGTERM, handlers).code == 143  # nobody handled it
         assert signal.getsignal(signal.SIGUSR2) is handlers[signal.SIGUSR2]
     assert signal.getsignal(signal.SIGUSR2) == outer[signal.SIGUSR2]
+
+
+def test_data_workers_leave_signals_to_the_main_process(tmp_path):
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(8):
+            write_jpeg(torch.full((3, 40, 40), 16 * i, dtype=torch.uint8), str(tmp_path / name / f"{i}.jpg"))
+    words = {"workers": 1, "on_bad_image": "error", "calibration_images": 4}
+    data = Folder(str(tmp_path), num_classes=2, image_size=32, **words).to(World())
+    batches = data.train(2, 0, 0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in STOP_SIGNALS:
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 7 and worker.is_alive()
 
 
 def test_slurm_without_its_package_names_the_mend():
@@ -100,7 +125,7 @@ def test_a_preempted_job_goes_back_into_the_queue_and_goes_on(tmp_path):
 
 
 class Node:
-    """A node of a cluster: torchrun's agent and its workers, in a process group of their own."""
+    """A node of a cluster: torchrun's agent and its workers."""
 
     def __init__(self, out, port, host, workers):
         self.log = out.with_suffix(f".{time.monotonic_ns()}.log")
@@ -108,15 +133,19 @@ class Node:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={workers}",
                    "--rdzv-backend=c10d", "--rdzv-id=r2", *rendezvous, "--local-addr=localhost", "--max-restarts=3",
                    "--monitor-interval=0.2", "-m", "r2.run", f"out={out}", *ARGS, "recipe.sync_bn=true"]  # fmt: skip
+        # PyTorch 2.14 otherwise keeps its address from a node that joins later.
+        env = {**ENV, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with self.log.open("w") as log:
-            self.agent = subprocess.Popen(command, env=ENV, stdout=log, stderr=log, start_new_session=True)
+            self.agent = subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
     def workers(self):
         tasks = Path(f"/proc/{self.agent.pid}/task").glob("*/children")
         return [int(pid) for task in tasks for pid in task.read_text().split()]
 
-    def lose(self):
-        os.killpg(self.agent.pid, signal.SIGKILL)
+    def lose(self, what="node"):
+        """Kill the agent, whose workers go on as orphans, or everything at once."""
+        for pid in [self.agent.pid, *(self.workers() if what == "node" else ())]:
+            os.kill(pid, signal.SIGKILL)
         self.agent.wait()
 
     def end(self):
@@ -125,8 +154,8 @@ class Node:
 
 @pytest.mark.slow
 @LINUX
-@pytest.mark.parametrize("workers", [1, 2])
-def test_two_nodes_survive_a_killed_worker_and_a_lost_node(tmp_path, workers):
+@pytest.mark.parametrize("workers, lost", [(1, "node"), (2, "agent")])
+def test_two_nodes_survive_a_killed_worker_and_one_that_is_replaced(tmp_path, workers, lost):
     def checkpoints(out):
         return [path.stat().st_mtime_ns for path in out.glob("pretrained/*/pretrain.ckpt")]
 
@@ -141,13 +170,13 @@ def test_two_nodes_survive_a_killed_worker_and_a_lost_node(tmp_path, workers):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    out = tmp_path / "lost"
+    out = tmp_path / "nodes"
     first, second = start(out, 1), start(out, 0)
     try:
         progress(out)
         os.kill(second.workers()[0], signal.SIGKILL)
         progress(out)
-        second.lose()
+        second.lose(lost)
         second = start(out, 0)
         first.end()
         second.end()
@@ -161,4 +190,6 @@ def test_two_nodes_survive_a_killed_worker_and_a_lost_node(tmp_path, workers):
                "-m", "r2.run", f"out={whole}", *ARGS, "recipe.sync_bn=true"]  # fmt: skip
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert digests(out) == digests(whole)
+    assert epochs(out) == epochs(whole) == [str(i) for i in range(1, 41)]
+    # DDP lays its buckets anew in the first step after a restart, and the sum of more than two ranks depends on them.
+    assert workers > 1 or digests(out) == digests(whole)
