@@ -411,7 +411,7 @@ def test_one_cell_through_the_command_line(r2, source, few):
     assert not tables.protocol(record).full
     pack.load(path.parent / "model.safetensors")
     with pytest.raises(UserError, match="only models of images are exported"):
-        export._export_run(path.parent)
+        export._export_run(path.parent, path.parent / "model.onnx")
     refused = r2(*common, "stage=ewgs")
     assert refused.returncode == 2 and "an embedding reads token numbers; use stage=dkm" in refused.stderr
 
