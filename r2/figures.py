@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r2.tables import protocol
+from r2.tables import Protocol, protocol
 from r2.trained import Trained, collect, most_common, read
 
 if TYPE_CHECKING:
@@ -63,13 +63,21 @@ def _planned(records: list[dict], weights: Path) -> Iterator[Planned]:
         for name, draw in (("figure2", distributions.layers), ("range", distributions.over_epochs)):
             yield Planned(f"{name}_{model}", [trained.sha256 for trained in shown], partial(draw, shown))
     comparable = most_common([record for record in records if not protocol(record).changed], protocol)
+    base = {protocol(record) for record in comparable}
+    weighted = [record for record in records if _but_for_weight(protocol(record)) in base]
     for name, rows, picture in (
         ("accuracy_folding", folding.folding_rows(comparable, weights), folding.accuracy_folding),
         ("accuracy_bits", tradeoff.bits_rows(comparable), tradeoff.accuracy_bits),
+        ("accuracy_weight", tradeoff.weight_rows(weighted), tradeoff.accuracy_weight),
         ("accuracy_size", tradeoff.size_rows(comparable), tradeoff.accuracy_size),
     ):
         if rows:
             yield Planned(name, rows, partial(picture, rows))
+
+
+def _but_for_weight(study: Protocol) -> Protocol:
+    """The study that this one would be with the regularizer's own weight."""
+    return study._replace(changed=tuple(key for key in study.changed if not key.startswith("reg.weight=")))
 
 
 def digest(planned: Planned) -> str:
@@ -78,10 +86,11 @@ def digest(planned: Planned) -> str:
 
 
 def write(records: list[dict], weights: Path, out: Path) -> list[Path]:
-    """Draw every figure that has data: figure1, figure2_<model>, range_<model>, accuracy_bits, accuracy_size
-    and accuracy_folding.
+    """Draw every figure that has data: figure1, figure2_<model>, range_<model>, accuracy_bits, accuracy_size,
+    accuracy_weight and accuracy_folding.
 
-    The data are those of one protocol, the one with the most records. In an SVG text, axes and L2 are #444444 on a
+    The data are those of one protocol, the one with the most records; accuracy_weight adds its runs with other weights
+    of the regularizer. In an SVG text, axes and L2 are #444444 on a
     transparent ground, for a page to put its own colour there; a PNG is white. Both hold the figure's digest as
     `Identifier` and a sentence on it as `Description`.
 

@@ -4,7 +4,7 @@ The rows that a drawing shows come from one function, so that their digest is th
 matplotlib figure and one sentence that says what it shows.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +14,9 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import offset_copy
 
 from r2.distributions import INK, colour, label, ordered
+from r2.tables import FP32, TABLES, column
 
+WEIGHT_COLUMNS = [*TABLES["2"].columns, *TABLES["3"].columns[1:]]
 POST_TRAINING = ("none", "dfq", "adaround")
 MARKERS = {"none": "o", "dfq": "s", "adaround": "^", "pact": "P", "lsq": "v", "ewgs": "D", "dkm": "X"}
 
@@ -58,6 +60,46 @@ def _place(axes: dict) -> tuple[int, str, int, str] | None:
 
 def accuracy_bits(rows: list[list]) -> tuple[Figure, str]:
     """Accuracy against bits per weight; small multiples by model and method."""
+    return _multiples(rows), (
+        "Top-1 accuracy against bits per weight, by model and method; mean and standard deviation over seeds, "
+        "full precision at the right of each panel."
+    )
+
+
+def weight_rows(records: list[dict]) -> list[list]:
+    """[model, panel, weight, text, reg, seed, top1] of the regularizers that were tried with several weights: of full
+    precision and of Tables 2 and 3.
+
+    A panel is [rank, title], the text is the weight's.
+    """
+    rows: dict[tuple, list] = {}
+    for record in records:
+        model, reg, seed = _who(record)
+        weight, scalar = record["config"]["reg"].get("weight"), (record["axes"].get("dim") or 1) == 1
+        for done, metrics in ((column(record), record["metrics"]), (FP32, record["fp32"] if scalar else None)):
+            if weight is not None and metrics is not None and done in WEIGHT_COLUMNS:
+                panel = [WEIGHT_COLUMNS.index(done), done.label]
+                rows[model, reg, weight, seed, done] = [model, panel, weight, f"{weight:g}", reg, seed, metrics["top1"]]
+    tried = Counter((model, reg) for model, reg, _ in {key[:3] for key in rows})
+    return sorted(row for key, row in rows.items() if tried[key[:2]] > 1)
+
+
+def accuracy_weight(rows: list[list]) -> tuple[Figure, str]:
+    """Accuracy against the regularizer's weight; small multiples by model and what was done to it."""
+    figure = _multiples(rows)
+    figure.supxlabel("weight of the regularizer", fontsize="medium")
+    return figure, (
+        "Top-1 accuracy against the weight of the regularizer, by what was done to the model; mean and standard "
+        "deviation over seeds."
+    )
+
+
+def _multiples(rows: list[list]) -> Figure:
+    """A panel per model and title, a place on its x axis per text, the regularizers side by side there.
+
+    Args:
+        rows: [model, [rank, title], place, text, reg, seed, top1].
+    """
     panels: dict[tuple, list[list]] = defaultdict(list)
     for model, (rank, title), *row in rows:
         panels[model, rank, title].append(row)
@@ -79,10 +121,7 @@ def accuracy_bits(rows: list[list]) -> tuple[Figure, str]:
         ax.remove()
     _legend(figure, regs)
     figure.supylabel("top-1 accuracy in %", fontsize="medium")
-    return figure, (
-        "Top-1 accuracy against bits per weight, by model and method; mean and standard deviation over seeds, "
-        "full precision at the right of each panel."
-    )
+    return figure
 
 
 def _spread(ax: Axes, values: list[list[float]], offset: float, color: str) -> None:

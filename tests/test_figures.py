@@ -49,7 +49,8 @@ def pretraining(folder, reg, seed=0, epochs=2, finished=True, spread=1.0):
     return store.digest(state)
 
 
-def record(reg="l2", stage="ewgs", seed=0, bits=2, top1=50.0, recipe="study", dim=None, fp32=60.0, model="mbv1-0.25"):
+def record(reg="l2", stage="ewgs", seed=0, bits=2, top1=50.0, recipe="study", dim=None, fp32=60.0, model="mbv1-0.25",
+           weight=0.01):  # fmt: skip
     axes = {"data": "fashion_mnist", "model": model, "reg": reg, "stage": stage, "seed": seed}
     axes |= {"weight_bits": bits, "act_bits": bits, "dim": dim, "quantized_layers": "all"}
     return {
@@ -58,9 +59,9 @@ def record(reg="l2", stage="ewgs", seed=0, bits=2, top1=50.0, recipe="study", di
         "fp32": fp32 and {"top1": fp32},
         "size": {"file_mib": bits / 20},
         "choices": {"data": "fashion_mnist", "recipe": recipe},
-        "config": {"recipe": {"epochs": 2, "finetune": {"epochs": 1}}},
+        "config": {"recipe": {"epochs": 2, "finetune": {"epochs": 1}}, "reg": {"weight": weight}},
         "sha256": {"pretrained": None},
-        "command": "python -m r2.run",
+        "command": "python -m r2.run" + (f" reg.weight={weight}" if weight != 0.01 else ""),
     }
 
 
@@ -161,10 +162,23 @@ def test_without_data_there_is_no_figure_and_damage_is_named(tmp_path):
 def test_protocols_are_never_mixed(tmp_path):
     mine = [record("l2"), record("margin")]
     other = [record("linf", recipe="fashion_mnist", top1=99.0)]
-    weighted = [record("smm", top1=98.0) | {"command": f"python -m r2.run reg.weight={w}"} for w in (0.1, 1.0, 10.0)]
+    weighted = [record("smm", top1=98.0, weight=w) for w in (0.1, 1.0, 10.0)]
     figures.write(mine, tmp_path, tmp_path)
-    assert figures.stale([*other, *mine, *weighted], tmp_path, tmp_path) == []
+    stale = figures.stale([*other, *mine, *weighted], tmp_path, tmp_path)
+    assert stale == ["accuracy_weight.svg", "accuracy_weight.png"]  # the one figure that is about them
     assert figures.stale(other, tmp_path, tmp_path) != []
+
+
+def test_weights_of_a_regularizer_stand_side_by_side(tmp_path):
+    """Those tried with one weight are left out; full precision comes from the same runs."""
+    tried = [record("linf", seed=s, weight=w, top1=50 + 10 * w, fp32=60 + w) for w in (0.01, 0.1) for s in (0, 1)]
+    rows = tradeoff.weight_rows([record("l2"), *tried, record("smm", "dkm", dim=1)])
+    assert {(row[1][1], row[3], row[4]): row[-1] for row in rows} == {
+        ("fp32", "0.01", "linf"): 60.01, ("fp32", "0.1", "linf"): 60.1,
+        ("ewgs W2A2", "0.01", "linf"): 50.1, ("ewgs W2A2", "0.1", "linf"): 51.0,
+    }  # fmt: skip
+    assert len(rows) == 8
+    assert (tmp_path / "accuracy_weight.svg") in figures.write([record("l2"), *tried], tmp_path, tmp_path)
 
 
 def test_rows_put_full_precision_beside_its_own_runs():
