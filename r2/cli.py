@@ -2,21 +2,25 @@
 
 import functools
 import importlib
+import itertools
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from r2.config import GROUPS, UserError, check, check_targets, unknown_key
+from r2.config import GROUPS, UserError, build, check, check_targets, unknown_key
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 _here = Path(__file__).parent
@@ -97,10 +101,14 @@ def _job(cfg: DictConfig) -> Any:
         print(f"r2: {text}", file=sys.stderr, flush=True)
         if context.mode == RunMode.RUN:
             raise SystemExit(2) from None
-        raise UserError(text) from None
+        raise JobRefused from error
     except Exception as error:
         traceback.print_exc()  # at once: a sweep would show it only at its end
         raise JobFailed from error
+
+
+class JobRefused(Exception):
+    """A job of a sweep that a user's mistake has stopped, as it has said."""
 
 
 class JobFailed(Exception):
@@ -114,9 +122,14 @@ def main(program: str) -> None:
     if sweep:  # Hydra knows the flag only in front of the keys
         sys.argv[1:] = ["-m", *sweep_words([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])]
     try:
+        if sweep and not any(argument.startswith("--") for argument in sys.argv[1:]):  # --help, --cfg, ...
+            check_sweep(sys.argv[2:])
         hydra.main(config_path=CONFIGS, config_name="config", version_base="1.3")(_job)()
-    except UserError:
-        raise SystemExit(2) from None  # said where it happened
+    except JobRefused:
+        raise SystemExit(2) from None
+    except UserError as error:
+        print(f"r2: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except COMPOSE_ERRORS as error:
         print(f"r2: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -146,6 +159,36 @@ def sweep_words(words: list[str]) -> list[str]:
         f"{key}=choice({value})" if key.partition(".")[0] in swept - {key} and value and "," not in value else word
         for word, key, value in pairs
     ]
+
+
+def check_sweep(words: list[str]) -> None:
+    """Compose and check every job of a sweep, before the first one starts.
+
+    Raises:
+        UserError: a value that a job does not take.
+    """
+    parsed = OverridesParser.create().parse_override
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        fixed = [word for word in words if not parsed(word).is_sweep_override()]
+        experiment = hydra.compose("config", fixed, return_hydra_config=True).hydra.sweeper.params or {}
+        axes = {}
+        for word in [*(f"{key}={value}" for key, value in experiment.items()), *words]:
+            axis = parsed(word)
+            if isinstance(axis.value(), Glob):
+                return  # Hydra's sweeper alone knows its options: each job is checked when its turn comes
+            key, swept = axis.get_key_element(), axis.is_sweep_override()
+            axes[key] = [f"{key}={value}" for value in axis.sweep_string_iterator()] if swept else [word]
+        for job in itertools.product(*axes.values()):
+            build(composed(job)["stage"])
+
+
+def composed(overrides: Iterable[str]) -> dict:
+    """The checked config of one run; inside an initialized Hydra."""
+    cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
+    choices = dict(cfg.hydra.runtime.choices)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return resolve(cfg, choices)
 
 
 def one_line(error: BaseException) -> str:

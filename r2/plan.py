@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from r2 import record
-from r2.cli import CONFIGS, resolve
+from r2.cli import CONFIGS, composed
 from r2.config import UserError, build, fingerprint, identity
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "records"
@@ -89,7 +89,8 @@ def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
             grid |= {key: _values(value) for key, value in asked.items()}
             seeds = [_seed(value) for value in grid.pop("seed", ["0"])]
             for values in itertools.product(*grid.values()):
-                config = _compose(name, [f"{key}={value}" for key, value in zip(grid, values, strict=True)])
+                words = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+                config = composed([f"experiment={name}", *words])
                 for seed in seeds:
                     words = [f"seed={seed}" if word.startswith("seed=") else word for word in config["overrides"]]
                     cell = cell_of({**config, "seed": seed, "overrides": words})
@@ -100,22 +101,13 @@ def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
 def cells_of(overrides: list[str]) -> list[Cell]:
     """The one run of a command line."""
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return [cell_of(_compose(None, overrides))]
+        return [cell_of(composed(overrides))]
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise UserError(f"seed={text}: is a whole number, 0 or more")
     return int(text)
-
-
-def _compose(experiment: str | None, overrides: list[str]) -> dict:
-    named = [f"experiment={experiment}"] if experiment else []
-    cfg = compose("config", [*named, *overrides], return_hydra_config=True)
-    choices = dict(cfg.hydra.runtime.choices)
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return resolve(cfg, choices)
 
 
 def cell_of(config: dict) -> Cell:

@@ -90,6 +90,22 @@ def test_a_fixed_key_of_a_swept_group_is_an_axis():
     assert cli.sweep_words(words) == ["stage=dfq,adaround", "stage.granularity=choice(channel)", *words[2:]]
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["reg=l2,linf", "seed=0,-1"], "seed=-1"),
+        (["stage=ewgs,lsq", "stage.bits=2,1"], "lsq at 1 bit signed"),
+        (["reg=l2,linf", "reg.weight=0.1"], "unknown key 'reg.weight'"),
+        (["experiment=table3", "model.width_mult=0.25,0"], "model.width_mult=0"),
+        (["reg=l2,linf", "recipe.lr=choice(0.1,x)"], "recipe.lr='x'"),
+    ],
+)
+def test_every_job_of_a_sweep_is_checked_before_the_first(r2, words, expected):
+    done = r2("-m", "data=fake", *words, timeout=60)
+    assert done.returncode == 2 and not r2.out.exists()
+    assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 def test_a_swept_group_takes_a_key_that_the_default_lacks(r2):
     done = r2("-m", *SMALL, "stage=none,dfq", "stage.percentile=200")
     assert "stage.percentile=200" in done.stderr and "unknown" not in done.stderr
