@@ -99,8 +99,10 @@ def _check_batches(cell: Cell, stage: Stage, recipe: Recipe, world: World) -> No
 def _memory(config: dict, recipe: Recipe, world: World) -> str:
     examples = recipe.batch_size // world.size // recipe.accumulate
     kept, weights = estimate.memory(config, examples)
-    return (f"training in full precision takes about {kept + weights:.2f} GiB of each device, {kept:.2f} of them for {examples:,} "
-            "examples at once, which recipe.accumulate=2 halves")  # fmt: skip
+    return (
+        f"training in full precision takes about {kept + weights:.2f} GiB of each device, {kept:.2f} of them for "
+        f"{examples:,} examples at once, which recipe.accumulate=2 halves"
+    )
 
 
 def _room(out: Path, model: nn.Module) -> str:
