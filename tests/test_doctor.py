@@ -28,7 +28,8 @@ def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
     said = capsys.readouterr()
     for part in ("1 x CPU", "256 training and 100 validation images", "the first batch, 64 for each",
                  "memory: training in full precision takes about 0.02 GiB of each device", "for 64 examples at once",
-                 "GiB free", "kernels are", f"missing   {of_run.name}", "which need 1 pretrainings", "would start"):  # fmt: skip
+                 "GiB free", "kernels are", f"missing   {of_run.name}", "which need 1 pretrainings",
+                 "would start"):  # fmt: skip
         assert part in said.out, part
     assert not said.err and not (tmp_path / "out").exists()
     assert cell(tmp_path / "out", "check=true").name == of_run.name
