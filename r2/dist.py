@@ -80,8 +80,9 @@ def _lay_buckets(net: DistributedDataParallel) -> None:
     gradients arrive from the last parameter to the first, about as in training, and communication still overlaps.
     """
     parameters = [p for p in net.module.parameters() if p.requires_grad]
-    net.module.forward = lambda: functools.reduce(torch.add, (0 * p.sum() for p in parameters))  # type: ignore
-    net().backward()
+    zero = torch.zeros((), device=parameters[0].device)  # an argument, which DDP wants on a GPU
+    net.module.forward = lambda start: functools.reduce(torch.add, (0 * p.sum() for p in parameters), start)  # type: ignore
+    net(zero).backward()
     del net.module.forward
 
 

@@ -16,12 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as td
 from conftest import ENV, SMALL
+from torch import nn
 from torchvision.io import write_jpeg
 
 from r2 import cli
 from r2.data.folder import Folder
 from r2.dist import STOP_SIGNALS, World, stop_handlers, stopped
+from r2.store import digest
 
 # One step and one checkpoint per epoch, so that there is always one to go on from and always something left to do.
 ARGS = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=10", "recipe.epochs=40", "checkpoint_seconds=0"]
@@ -194,6 +197,22 @@ def test_two_nodes_survive_a_killed_worker_and_one_that_is_replaced(tmp_path, wo
     Node(whole, free_port(), 2 * workers, nodes=1).end()
     assert epochs(out) == epochs(whole) == [str(i) for i in range(1, 41)]
     assert digests(out) == digests(whole)
+
+
+def test_buckets_are_laid_before_the_first_step_and_nothing_else_changes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 2))
+    before, state = digest(model.state_dict()), torch.get_rng_state()
+    td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
+    try:
+        net = World(0, 2).parallel(model)
+        assert digest(model.state_dict()) == before and torch.equal(torch.get_rng_state(), state)
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+        net.zero_grad()
+        net(torch.randn(2, 3, 8, 8)).sum().backward()
+        places = [p.grad.storage_offset() for p in model.parameters()]  # in their bucket
+        assert places == sorted(places, reverse=True) and all(p.grad.any() for p in model[4].parameters())
+    finally:
+        td.destroy_process_group()
 
 
 @pytest.mark.slow
