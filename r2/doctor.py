@@ -101,7 +101,7 @@ def _memory(config: dict, recipe: Recipe, world: World) -> str:
     kept, weights = estimate.memory(config, examples)
     return (
         f"training in full precision takes about {kept + weights:.2f} GiB of each device, {kept:.2f} of them for "
-        f"{examples:,} examples at once, which recipe.accumulate=2 halves"
+        f"{examples:,} examples at once (twice the recipe.accumulate halves them)"
     )
 
 
