@@ -1,6 +1,7 @@
 """torch.distributed: who takes part, on which device, and how a tensor or an object gets from one to another."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -61,11 +62,28 @@ class World:
         self.broadcast(None)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """`model` with gradients averaged over ranks."""
+        """`model` with gradients averaged over ranks, in the same order of summation from the first step on."""
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        _lay_buckets(net)
+        return net
+
+
+def _lay_buckets(net: DistributedDataParallel) -> None:
+    """Let `net` lay out its buckets now; every gradient is 0 afterwards.
+
+    It does so once, by the order in which the gradients of its first backward arrive, and where a gradient lies decides
+    in which order a ring of more than two ranks sums it. A process that goes on from a checkpoint would sum its first
+    step otherwise than one that was never stopped. So the first backward is this one, which does not run the model: the
+    gradients arrive from the last parameter to the first, about as in training, and communication still overlaps.
+    """
+    parameters = [p for p in net.module.parameters() if p.requires_grad]
+    zero = torch.zeros((), device=parameters[0].device)  # an argument, which DDP wants on a GPU
+    net.module.forward = lambda start: functools.reduce(torch.add, (0 * p.sum() for p in parameters), start)  # type: ignore
+    net(zero).backward()
+    del net.module.forward
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

@@ -52,6 +52,7 @@ def check(config: dict) -> None:
         world = replace(world, size=int(os.environ.get("WORLD_SIZE", 0)) or device_count(config["devices"]))
         say(f"devices: {world.size} x {_device_name(world.device)}")
         _check_batches(cell, stage, recipe, world)
+        say(f"memory: {_memory(config, recipe, world)}")
     with noting():
         data = build(config["data"]).to(world)
         classes = data.num_classes
@@ -93,6 +94,15 @@ def _check_batches(cell: Cell, stage: Stage, recipe: Recipe, world: World) -> No
     check_batch(recipe, world, "recipe")
     if cell.config["stage"].get("epochs") and not stage.from_scratch:
         check_batch(replace(recipe, batch_size=cell.config["stage"]["batch_size"]), world, "stage")
+
+
+def _memory(config: dict, recipe: Recipe, world: World) -> str:
+    examples = recipe.batch_size // world.size // recipe.accumulate
+    kept, weights = estimate.memory(config, examples)
+    return (
+        f"training in full precision takes about {kept + weights:.2f} GiB of each device, {kept:.2f} of them for "
+        f"{examples:,} examples at once (twice the recipe.accumulate halves them)"
+    )
 
 
 def _room(out: Path, model: nn.Module) -> str:

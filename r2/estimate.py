@@ -1,4 +1,4 @@
-"""What the missing runs of a plan will cost, from the speeds that records tell or a short measurement."""
+"""What runs will cost: time from the speeds that records tell or a short measurement, and memory."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from r2 import record
 from r2.config import build
+from r2.data.batches import Inputs
 from r2.hub import need_extra
 from r2.plan import PUBLISHED, Cell, groups
 
@@ -34,10 +37,11 @@ class Speeds:
     Args:
         records: of any runs.
         processes: that will share one run's training.
+        given: images/s of one process in pretraining, for every model, instead of what records tell.
     """
 
-    def __init__(self, records: list[dict], device: str, processes: int = 1):
-        self.device, self.processes = device, processes
+    def __init__(self, records: list[dict], device: str, processes: int = 1, given: float | None = None):
+        self.device, self.processes, self.given = device, processes, given
         self._known: dict[tuple, Rate] = {}
         for found in records:
             if found["device"]["type"] != device:
@@ -73,11 +77,13 @@ class Speeds:
 
     def machine(self) -> str:
         if self.device == "cuda":
-            return f"{self.processes} GPU{'s' * (self.processes > 1)} of this kind"
+            return f"{self.processes} GPU{'s' * (self.processes > 1)}" + (" of this kind" if self.given is None else "")
         return f"this machine's CPU, {self.processes} process{'es' * (self.processes > 1)}, one run at a time"
 
     def _trained(self, cell: Cell) -> Rate:
         """Speed of pretraining."""
+        if self.given is not None:
+            return Rate(self.given * self.processes, None, f"{self.given:g} images/s of one GPU as given, all models")
         key = cell.axes["data"], cell.axes["model"], "pretrain"
         if key not in self._known:
             speed = measure(cell.config, self.device) * self.processes
@@ -87,29 +93,64 @@ class Speeds:
 
 def measure(config: dict, device: str, steps: int = 2) -> float:
     """Examples/s of bare training steps of the config's model, on random images of its size or texts of full length."""
-    inputs: Any
     batch = min(256 if device == "cuda" else 4, config["recipe"]["batch_size"])
-    if "max_length" in config["data"]:
-        need_extra()
-        from r2.mobilebert import network
-
-        model = network(2, {"classifier_activation": False}).to(device)  # the published one; a plan downloads nothing
-        ones = torch.ones(batch, config["data"]["max_length"], dtype=torch.long, device=device)
-        inputs = {"input_ids": ones, "attention_mask": ones, "token_type_ids": ones}
-    else:
-        size, classes = config["data"]["image_size"], 1000 if "imagenet" in config["choices"]["data"] else 10
-        model = build(config["model"], num_classes=classes).to(device, memory_format=torch.channels_last)
-        inputs = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    model, inputs, labels = _example(config, batch, device)
     seconds = []
     for _ in range(steps + 1):
         began = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=config["recipe"]["precision"] != "fp32"):
-            loss = F.cross_entropy(model(inputs), labels)
+        loss = _loss(config, model, inputs, labels)
         loss.backward()
         loss.item()
         seconds.append(time.perf_counter() - began)
     return batch / min(seconds[1:])
+
+
+def memory(config: dict, examples: int) -> tuple[float, float]:
+    """GiB that pretraining takes on a device with `examples` at once, before any optimizer step is made.
+
+    The first is what backward keeps of the examples, counted by saved_tensors_hooks on tensors without values, so that
+    a CPU tells it of a GPU. The second is weights, gradients and the optimizer's moments. The libraries' workspaces
+    and, during backward, a few gradients of activations come on top; torch.compile may keep less.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # holding it keeps its address from being used again
+        return tensor
+
+    with FakeTensorMode():
+        model, inputs, labels = _example(config, examples, "cpu")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _loss(config, model, inputs, labels)
+    for tensor in (*model.parameters(), *model.buffers()):
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = 2 if config["recipe"].get("optimizer") == "adamw" else 1
+    return sum(storage.nbytes() for storage in kept.values()) / 2**30, (2 + moments) * weights / 2**30
+
+
+def _example(config: dict, batch: int, device: str) -> tuple[nn.Module, Inputs, Tensor]:
+    """The config's model in training mode, with inputs and labels of a batch."""
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    if "max_length" in config["data"]:
+        need_extra()
+        from r2.mobilebert import network
+
+        with torch.device(device):
+            model = network(2, {"classifier_activation": False})  # the published one; a plan downloads nothing
+        ones = torch.ones(batch, config["data"]["max_length"], dtype=torch.long, device=device)
+        return model.train(), {"input_ids": ones, "attention_mask": ones, "token_type_ids": ones}, labels
+    size, classes = config["data"]["image_size"], 1000 if "imagenet" in config["choices"]["data"] else 10
+    with torch.device(device):
+        model = build(config["model"], num_classes=classes)
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    return model.train(), images, labels
+
+
+def _loss(config: dict, model: nn.Module, inputs: Inputs, labels: Tensor) -> Tensor:
+    with torch.autocast(labels.device.type, dtype=torch.bfloat16, enabled=config["recipe"]["precision"] != "fp32"):
+        return F.cross_entropy(model(inputs), labels)
 
 
 def duration(seconds: float) -> str:
@@ -157,11 +198,14 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
         yield f"not counted: {unknown} post-training runs whose time no record tells"
 
 
-def speeds_here(config: dict, *folders: Path | None) -> Speeds:
-    """Of as many of this machine's devices as the config asks for, by the records in `folders` and the published."""
-    device, devices = "cuda" if torch.cuda.is_available() else "cpu", config["devices"]
+def speeds_here(config: dict, *folders: Path | None, given: float | None = None) -> Speeds:
+    """Of as many of this machine's devices as the config asks for, by the records in `folders` and the published.
+
+    With `given`, images/s of one GPU, of GPUs, wherever they are.
+    """
+    device, devices = "cuda" if given is not None or torch.cuda.is_available() else "cpu", config["devices"]
     processes = max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
-    return Speeds(known_records([PUBLISHED, *folders]), device, processes)
+    return Speeds(known_records([PUBLISHED, *folders]), device, processes, given)
 
 
 def known_records(folders: Iterable[Path | None]) -> list[dict[str, Any]]:

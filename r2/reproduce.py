@@ -6,6 +6,7 @@ python -m r2.reproduce all
 
     table=1..7  figure=1,2  all    what to reproduce
     plan=true                      only say what would be done
+    images_per_second=N            with plan=true: what one GPU was measured to pretrain; the plan is then of GPUs
     seeds=0,1,2                    repetitions
     jobs=N                         pretrainings at the same time, each with its share of a CPU's threads
     records=DIR                    runs whose records lie there are not repeated; the others' records are copied there
@@ -13,6 +14,7 @@ python -m r2.reproduce all
 Every other key=value goes to each run as in python -m r2.run; key=a,b,c makes or replaces an axis of the table.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -27,7 +29,7 @@ from pathlib import Path
 
 from r2.config import UserError
 
-_OWN = ("table", "figure", "plan", "seeds", "jobs", "records")
+_OWN = ("table", "figure", "plan", "images_per_second", "seeds", "jobs", "records")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Request:
     plan: bool
     jobs: int
     records: Path | None
+    images_per_second: float | None
 
 
 def read(arguments: list[str]) -> Request:
@@ -65,12 +68,26 @@ def read(arguments: list[str]) -> Request:
     jobs = own.get("jobs", "1")
     if not jobs.isdecimal() or int(jobs) < 1:
         raise UserError(f"jobs={jobs}: is a whole number, 1 or more")
+    speed = _positive("images_per_second", own)
+    if speed is not None and own.get("plan") != "true":
+        raise UserError(f"images_per_second={speed:g}: is for a plan; add plan=true")
     if "seeds" in own:
         overrides["seed"] = own["seeds"]
     if int(jobs) > 1 and "threads" not in overrides:
         overrides["threads"] = str(max(1, (os.cpu_count() or 1) // int(jobs)))
     records = Path(own["records"]) if "records" in own else None
-    return Request(wanted, [f"{k}={v}" for k, v in overrides.items()], own.get("plan") == "true", int(jobs), records)
+    words = [f"{k}={v}" for k, v in overrides.items()]
+    return Request(wanted, words, own.get("plan") == "true", int(jobs), records, speed)
+
+
+def _positive(key: str, own: dict[str, str]) -> float | None:
+    try:
+        value = float(own[key]) if key in own else None
+    except ValueError:
+        value = -1.0
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"{key}={own[key]}: is a number above 0")
+    return value
 
 
 def reproduce(request: Request) -> int:
@@ -80,9 +97,12 @@ def reproduce(request: Request) -> int:
     cells = plan.cells(request.experiments, request.overrides)
     out = Path(cells[0].config["out"])
     if request.plan:
-        speeds = estimate.speeds_here(cells[0].config, request.records, out)
+        given = request.images_per_second
+        speeds = estimate.speeds_here(cells[0].config, request.records, out, given=given)
         for line in estimate.describe(cells, request.records, speeds):
             print(line)
+        if speeds.device == "cpu":
+            print("in GPU-hours: add images_per_second=N, as one GPU trains (a column of a run's curve-pretrain.csv)")
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]
     print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)

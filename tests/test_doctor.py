@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL
 from filelock import FileLock
 
-from r2 import doctor, store
+from r2 import doctor, estimate, store
 from r2.config import UserError
 from r2.plan import cells_of
 
@@ -26,11 +26,39 @@ def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
     of_run = cell(tmp_path / "out")
     doctor.check(of_run.config)
     said = capsys.readouterr()
-    for part in ("1 x CPU", "256 training and 100 validation images", "the first batch, 64 for each", "GiB free",
-                 "kernels are", f"missing   {of_run.name}", "which need 1 pretrainings", "would start"):  # fmt: skip
+    for part in ("1 x CPU", "256 training and 100 validation images", "the first batch, 64 for each",
+                 "memory: training in full precision takes about 0.02 GiB of each device", "for 64 examples at once",
+                 "GiB free", "kernels are", f"missing   {of_run.name}", "which need 1 pretrainings",
+                 "would start"):  # fmt: skip
         assert part in said.out, part
     assert not said.err and not (tmp_path / "out").exists()
     assert cell(tmp_path / "out", "check=true").name == of_run.name
+
+
+@pytest.mark.parametrize("model, precision", [("rn18", "fp32"), ("mbv1", "fp32"), ("mbv2", "bf16")])
+def test_memory_is_what_a_real_step_keeps(model, precision):
+    (of_run,) = cells_of([*SMALL, f"model={model}", f"recipe.precision={precision}"])
+    network, images, labels = estimate._example(of_run.config, 8, "cpu")
+    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = estimate._loss(of_run.config, network, images, labels)
+    real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+    counted, rest = (2**30 * size for size in estimate.memory(of_run.config, 8))
+    assert counted == pytest.approx(real, rel=0.01)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
+    loss.backward()
+    optimizer.step()
+    held = [t for p in network.parameters() for t in (p, p.grad, optimizer.state[p]["momentum_buffer"])]
+    assert rest == sum(t.numel() * t.element_size() for t in held)
+    once, twice = (estimate.memory(of_run.config, n)[0] for n in (64, 128))
+    assert twice / once == pytest.approx(2, rel=0.05)
 
 
 def test_every_problem_is_one_line(tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ENV, SMALL
 
 from r2 import estimate, plan, reproduce
@@ -48,6 +49,8 @@ def test_table_7_keeps_its_data_among_the_others():
         (["table=9"], "table9"),
         (["table=2", "plan=maybe"], "plan=maybe"),
         (["table=2", "jobs=0"], "jobs=0"),
+        (["table=2", "images_per_second=2500"], "add plan=true"),
+        (["table=2", "images_per_second=fast", "plan=true"], "images_per_second=fast"),
         (["table=2", "reg=l3"], "l3"),
         (["table=2", "recipe.epoch=3"], "recipe.epochs"),
         (["table=2", "seeds=a"], "seed=a"),
@@ -73,6 +76,18 @@ def test_a_plan_counts_what_is_missing_and_writes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0 and "4 runs, 0 finished, 4 missing, which need 4 pretrainings" in said
     assert re.search(r"estimated \S+ (s|min) on this machine's CPU", said) and not (tmp_path / "out").exists()
+    assert "in GPU-hours: add images_per_second=N" in said or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_plan_of_gpus_from_a_measured_speed(devices, capsys):
+    words = ["table=6", "data=imagenet", "model=rn18", "reg=l2", "plan=true", "images_per_second=2500"]
+    with pytest.raises(SystemExit):
+        reproduce.main([*words, f"devices={devices}"])
+    hours = (300 + 2 * 100) * 1_281_167 / 2500 / 3600  # one pretraining, and DKM twice
+    said = capsys.readouterr().out
+    assert f"on {devices} GPU" in said and f"({hours:.1f} GPU-hours)" in said
+    assert "2500 images/s of one GPU as given, all models" in said and "at least: as fast as pretraining" in said
 
 
 def test_speeds_come_from_records_of_the_same_kind_of_device():
