@@ -47,7 +47,7 @@ def experiment(config: dict, world: "World") -> dict:
         finished = directory / "record.json"
         if world.broadcast(finished.exists() and not config["force"]):
             run.say(f"{directory}: finished before, not repeated (force=true repeats it)")
-            found = record.read(finished)
+            found = record.read(finished, directory.name)
         else:
             data = build(config["data"]).to(world)
             run.say(f"{axes['data']}: {data.describe()}")
