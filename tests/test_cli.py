@@ -11,7 +11,6 @@ from conftest import ENV, SMALL
 from r2 import cli
 from r2.store import digest
 
-
 # As typed after `stage=ewgs`; every one is refused before torch is imported.
 MISTAKES = {
     "reg=margn": "did you mean 'margin'? choose from kure, l2, l2_10x, linf, margin, smm",
