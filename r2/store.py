@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import tempfile
@@ -91,6 +92,10 @@ def load(path: Path, *needed: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: not a checkpoint of r2, for it holds more than tensors and plain values; delete it to start again"
+        ) from None
     except Exception as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a checkpoint of r2 ({reason}); delete it to start again") from None

@@ -270,7 +270,7 @@ def _interrupted(run: Run, phase: str, stop: _Stop) -> SystemExit:
 
 def _made_with(data: Data, world: World) -> dict[str, str]:
     """What a phase has to be resumed with, and after it what it had better be resumed with."""
-    return {"data": data.fingerprint(), "torch": torch.__version__, "processes": str(world.size)}
+    return {"data": data.fingerprint(), "torch": str(torch.__version__), "processes": str(world.size)}
 
 
 def _compare(now: dict[str, str], before: dict[str, str], run: Run, phase: str) -> None:
