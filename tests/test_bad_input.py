@@ -1,12 +1,15 @@
 """Weights, images, folders and files as they should not be: a finite result, or one line that names what is wrong."""
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ENV, SMALL
 from PIL import Image
 from test_security import composed
 from torch import nn
@@ -181,6 +184,38 @@ def test_a_bad_image_is_named_and_nothing_else_is(root, name):
     with pytest.raises(UserError, match="cannot be decoded") as told:
         list(of(root).train(37, 0, 0))
     assert str(told.value).startswith(f"{path}: ") and "\n" not in str(told.value)
+
+
+END = """
+import sys
+from r2.data.folder import Folder
+from r2.dist import World
+
+data = Folder(sys.argv[1], 3, 32, 2, "error", 4).to(World())
+for _ in data.val(8):
+    pass
+"""
+
+
+def test_a_run_with_data_workers_ends_after_an_error(root):
+    """Workers ignore SIGTERM, by which Python would end them, and the error's traceback keeps the data set alive."""
+    (root / "val" / "n03" / "5.jpeg").write_bytes(b"")
+    done = subprocess.run([sys.executable, "-c", END, str(root)], capture_output=True, text=True, timeout=100, env=ENV)
+    assert done.returncode == 1 and "n03/5.jpeg: cannot be decoded" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_a_bad_image_that_one_of_two_processes_meets_is_told_once(root, r2):
+    for c in range(4, 11):
+        for split in ("train", "val"):
+            shutil.copytree(root / split / "n03", root / split / f"n{c:02d}")
+    path = root / "val" / "n01" / "1.jpeg"  # the second image: rank 1's
+    path.write_bytes(b"")
+    words = [*SMALL[1:], "data=imagenette", f"data.root={root}", "data.image_size=32", "data.workers=1", "devices=2"]
+    done = r2(*words, "recipe.epochs=1", timeout=500)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(f"r2: {path}: cannot be decoded") == 1 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_skipped_images_are_counted_and_shift_no_label(root, capsys):
