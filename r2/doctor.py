@@ -57,7 +57,8 @@ def check(config: dict) -> None:
         classes = data.num_classes
         say(f"data: {cell.axes['data']}, {data.describe()}")
         began = time.perf_counter()
-        _, labels = next(data.train(recipe.batch_size, config["seed"], 0))
+        with contextlib.closing(data):
+            _, labels = next(data.train(recipe.batch_size, config["seed"], 0))
         say(f"data: the first batch, {len(labels):,} for each process, took {time.perf_counter() - began:.2f} s")
     with noting():
         with torch.device("meta"):

@@ -8,6 +8,7 @@ QuantizeLinear and DequantizeLinear. Biases and output scales stay float.
 """
 
 import argparse
+import contextlib
 import copy
 import sys
 import warnings
@@ -300,12 +301,12 @@ def _export_run(run: Path, path: Path) -> None:
     if packed not in (None, record.sha256_of(run / "model.safetensors")):
         raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
     world = World()
-    data = build(found["config"]["data"]).to(world)
-    images, _ = next(iter(data.val(2)))
-    if not isinstance(images, Tensor):
-        raise UserError(f"{run}: its model reads text, and only models of images are exported")
-    to_onnx(model, path, images)
-    found = check(model, path, data, world)
+    with contextlib.closing(build(found["config"]["data"]).to(world)) as data:
+        images, _ = next(iter(data.val(2)))
+        if not isinstance(images, Tensor):
+            raise UserError(f"{run}: its model reads text, and only models of images are exported")
+        to_onnx(model, path, images)
+        found = check(model, path, data, world)
     print(f"file                {path}, {path.stat().st_size / 2**20:.3f} MiB")
     print(f"images              {found['images']}")
     print(f"top-1               torch {found['torch_top1']:.2f} %, onnxruntime {found['onnx_top1']:.2f} %")

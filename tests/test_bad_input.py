@@ -3,13 +3,11 @@
 import io
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, SMALL
+from conftest import SMALL
 from PIL import Image
 from test_security import composed
 from torch import nn
@@ -186,34 +184,30 @@ def test_a_bad_image_is_named_and_nothing_else_is(root, name):
     assert str(told.value).startswith(f"{path}: ") and "\n" not in str(told.value)
 
 
-END = """
-import sys
-from r2.data.folder import Folder
-from r2.dist import World
-
-data = Folder(sys.argv[1], 3, 32, 2, "error", 4).to(World())
-for _ in data.val(8):
-    pass
-"""
+def ten_classes(root):
+    """The words of a run that reads `root`, which gets ten classes."""
+    for c in range(4, 11):
+        for split in ("train", "val"):
+            shutil.copytree(root / split / "n03", root / split / f"n{c:02d}")
+    return [*SMALL[1:], "data=imagenette", f"data.root={root}", "data.image_size=32", "data.workers=1",
+            "recipe.epochs=1", "recipe.batch_size=60"]  # fmt: skip
 
 
-def test_a_run_with_data_workers_ends_after_an_error(root):
+def test_a_run_with_data_workers_ends_after_an_error(root, r2):
     """Workers ignore SIGTERM, by which Python would end them, and the error's traceback keeps the data set alive."""
-    (root / "val" / "n03" / "5.jpeg").write_bytes(b"")
-    done = subprocess.run([sys.executable, "-c", END, str(root)], capture_output=True, text=True, timeout=100, env=ENV)
-    assert done.returncode == 1 and "n03/5.jpeg: cannot be decoded" in done.stderr.splitlines()[-1]
+    words = ten_classes(root)
+    (root / "val" / "n01" / "5.jpeg").write_bytes(b"")
+    done = r2(*words, timeout=200)
+    assert done.returncode == 2 and done.stderr.startswith(f"r2: {root}/val/n01/5.jpeg: cannot be decoded")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_a_bad_image_that_one_of_two_processes_meets_is_told_once(root, r2):
-    for c in range(4, 11):
-        for split in ("train", "val"):
-            shutil.copytree(root / split / "n03", root / split / f"n{c:02d}")
+    words = ten_classes(root)
     path = root / "val" / "n01" / "1.jpeg"  # the second image: rank 1's
     path.write_bytes(b"")
-    words = [*SMALL[1:], "data=imagenette", f"data.root={root}", "data.image_size=32", "data.workers=1", "devices=2"]
-    done = r2(*words, "recipe.epochs=1", timeout=500)
+    done = r2(*words, "devices=2", timeout=500)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count(f"r2: {path}: cannot be decoded") == 1 and "Traceback" not in done.stderr, done.stderr
 

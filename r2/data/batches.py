@@ -56,6 +56,9 @@ class Data:
         self.world = world
         return self
 
+    def close(self) -> None:
+        """Stop worker processes, if there are any; whoever has built a data set has to, or the program may not end."""
+
     def describe(self) -> str:
         return (
             f"{self.train_images:,} training and {self.val_images:,} validation images, {self.num_classes} classes, "

@@ -4,10 +4,8 @@ A worker writes pixels as uint8 into memory that it shares with the main process
 number of the place and the labels go through a queue. So a batch is copied once, and all workers serve it together.
 """
 
-import atexit
 import re
 import shutil
-import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -122,8 +120,14 @@ class Images(Data):
                 worker_init_fn=_started_worker,
                 generator=torch.Generator(),  # the model's random numbers stay as they are
             )
-            atexit.register(_stop_workers, weakref.ref(self._loader))
         return self._loader
+
+    def close(self) -> None:
+        # At its end Python would send SIGTERM to the workers, which they ignore, and wait for them for ever.
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+        self._loader = None
 
     def _memory(self) -> Tensor:
         """A place for every piece under way: (places, PIECE, h, w, 3) uint8, shared with the workers."""
@@ -205,16 +209,6 @@ def _as_it_is(done: Any) -> Any:
 
 def _started_worker(_: int) -> None:
     ignore_stop_signals()
-
-
-def _stop_workers(loader: Any) -> None:
-    """Before Python ends: it would send SIGTERM to workers, which they ignore, and wait for them for ever.
-
-    After an error the traceback still holds the data set, so nothing else has stopped them.
-    """
-    iterator = getattr(loader(), "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
 
 
 class _Decoder(torch.utils.data.Dataset):
