@@ -234,7 +234,9 @@ def _join(function: Callable, config: dict) -> Any:
     except UserError as error:
         # A mistake is mostly every rank's: rank 0 tells it and leaves, and the launcher ends the others meanwhile.
         time.sleep(3 * (not world.main))
-        print(f"r2: {error}", file=sys.stderr, flush=True)
+        from r2.cli import last_line
+
+        print(f"r2: {last_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     td.destroy_process_group()
     return result
