@@ -1,5 +1,6 @@
 """The command line: Hydra composes, `check` refuses, every mistake is one line. Imports no torch."""
 
+import difflib
 import functools
 import importlib
 import itertools
@@ -38,7 +39,15 @@ def by_model(table: DictConfig, *, _root_: DictConfig) -> Any:
     return table[name]
 
 
+def from_environment(name: str, default: Any = None) -> Any:
+    """OmegaConf's oc.env for the one variable that configs read, so that no config carries a secret into a record."""
+    if name != "R2_DATA":
+        raise UserError(f"only R2_DATA is read from the environment; let the shell insert ${name}")
+    return os.environ.get(name, default)
+
+
 OmegaConf.register_new_resolver("by_model", by_model, replace=True)
+OmegaConf.register_new_resolver("oc.env", from_environment, replace=True)
 
 
 def resolve(cfg: DictConfig, choices: dict) -> dict:
@@ -121,6 +130,9 @@ def main(program: str) -> None:
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
     if sweep:  # Hydra knows the flag only in front of the keys
         sys.argv[1:] = ["-m", *sweep_words([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])]
+    if any("_target_" in word and word.lstrip("+").startswith("hydra") for word in sys.argv[1:]):
+        print("r2: hydra's own _target_ is not the command line's to change", file=sys.stderr)
+        raise SystemExit(2)
     try:
         if sweep and not any(argument.startswith("--") for argument in sys.argv[1:]):  # --help, --cfg, ...
             check_sweep(sys.argv[2:])
@@ -130,7 +142,7 @@ def main(program: str) -> None:
     except UserError as error:
         print(f"r2: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except COMPOSE_ERRORS as error:
+    except (*COMPOSE_ERRORS, ValueError) as error:  # the job's own errors do not come here
         print(f"r2: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:  # Hydra makes the folder of a sweep before its first job
@@ -206,7 +218,9 @@ def one_line(error: BaseException) -> str:
         wanted = head.strip().rsplit("/", 1)[-1].strip("'")
         if wanted.startswith("submitit_"):
             return "hydra/launcher: Hydra's submitit launcher is not installed; pip install 'r2[cluster]'"
-        return f"unknown {group.strip().strip(chr(39))} {wanted!r}: choose from {', '.join(options)}"
+        close = difflib.get_close_matches(wanted, options, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown {group.strip().strip(chr(39))} {wanted!r}: {hint}choose from {', '.join(options)}"
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
     return "; ".join(lines[:3])
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, ValidationError, create_model
 
 
@@ -29,12 +29,14 @@ NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Bits = Annotated[int, Ge(1), Le(32)]
 Width = Annotated[float, Gt(0), Le(8)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]
+Place = Annotated[str, MinLen(1)]
 
 
 class Root:
     """The keys outside the groups; none but `seed` can change a result."""
 
-    def __init__(self, out: str, seed: CountOrZero, devices: Literal["auto"] | Count, threads: Literal["auto"] | Count,
+    def __init__(self, out: Place, seed: Seed, devices: Literal["auto"] | Count, threads: Literal["auto"] | Count,
                  force: bool, check: bool, checkpoint_seconds: NonNegative,
                  dist_timeout_seconds: Positive): ...  # fmt: skip
 
@@ -45,7 +47,7 @@ _NOT_RESULT = {"root", "workers"}
 _TYPES: dict[str, Any] = {
     "Optional": Optional, "Union": Union, "Literal": Literal, "Annotated": Annotated, "Any": Any,
     "Count": Count, "CountOrZero": CountOrZero, "Positive": Positive, "NonNegative": NonNegative,
-    "Fraction": Fraction, "Bits": Bits, "Width": Width,
+    "Fraction": Fraction, "Bits": Bits, "Width": Width, "Seed": Seed, "Place": Place,
 }  # fmt: skip
 
 
@@ -77,13 +79,14 @@ def _check_node(node: dict, target: str, prefix: str) -> None:
     for key, value in node.items():
         if "_target_" in repr(value):  # Hydra would call what it names
             raise UserError(f"{prefix}{key}={value!r}: only a whole group names a callable")
-    model = create_model("Node", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+    model = create_model("Node", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, strict=True), **fields)
     try:
         model(**node)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"][:1])
-        raise UserError(f"{prefix}{key}={node.get(key)!r}: {first['msg']}") from None
+        found = error.errors()
+        key = str(found[0]["loc"][0])
+        wrong = dict.fromkeys(one["msg"] for one in found if one["loc"][0] == key)  # each part of a union has its own
+        raise UserError(f"{prefix}{key}={node.get(key)!r}: {', or: '.join(wrong)}") from None
 
 
 def unknown_key(key: str, options: list[str]) -> str:

@@ -250,8 +250,11 @@ def _join(function: Callable, config: dict) -> Any:
     try:
         result = function(config, world)
     except UserError as error:
-        print(f"r2: {error}" if world.main else "", file=sys.stderr, end="\n" if world.main else "", flush=True)
-        time.sleep(0.5 * (not world.main))  # let rank 0 be the first to leave
+        # A mistake is mostly every rank's: rank 0 tells it and leaves, and the launcher ends the others meanwhile.
+        time.sleep(3 * (not world.main))
+        from r2.cli import last_line
+
+        print(f"r2: {last_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     td.destroy_process_group()
     return result

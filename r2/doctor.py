@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +58,8 @@ def check(config: dict) -> None:
         classes = data.num_classes
         say(f"data: {cell.axes['data']}, {data.describe()}")
         began = time.perf_counter()
-        _, labels = next(data.train(recipe.batch_size, config["seed"], 0))
+        with contextlib.closing(data):
+            _, labels = next(data.train(recipe.batch_size, config["seed"], 0))
         say(f"data: the first batch, {len(labels):,} for each process, took {time.perf_counter() - began:.2f} s")
     with noting():
         with torch.device("meta"):
@@ -145,12 +146,12 @@ def _progress(cell: Cell) -> Iterator[str]:
     if not finished or cell.config["force"]:
         yield from _state(cell, "run", cell.directory, cell.name.rsplit("-", 1)[1])
     for directory in Path(cell.config["out"], "pretrained").glob(f"*-{cell.pretraining}"):
-        yield from _state(cell, "pretraining", directory, directory.name.rsplit("-", 1)[1])
+        run = yield from _state(cell, "pretraining", directory, directory.name.rsplit("-", 1)[1])
         if (directory / "model.pt").exists():
-            store.load(directory / "model.pt")
+            run.finished()
 
 
-def _state(cell: Cell, what: str, directory: Path, key: str) -> Iterator[str]:
+def _state(cell: Cell, what: str, directory: Path, key: str) -> Generator[str, None, store.Run]:
     held_by = store.holder(directory)
     if held_by:
         yield f"{what}: {held_by} is working on {directory}; the run waits for it"
@@ -160,3 +161,4 @@ def _state(cell: Cell, what: str, directory: Path, key: str) -> Iterator[str]:
         if state is not None:
             epoch, step = state["position"]["epoch"] + 1, state["position"]["step"]
             yield f"{what}: {checkpoint} goes on at epoch {epoch}, step {step}"
+    return run

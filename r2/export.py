@@ -8,8 +8,8 @@ QuantizeLinear and DequantizeLinear. Biases and output scales stay float.
 """
 
 import argparse
+import contextlib
 import copy
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2 import pack, store
+from r2 import pack, record, store
 from r2.config import UserError, build
 from r2.data.batches import IGNORED, Data
 from r2.dist import World
@@ -296,17 +296,17 @@ def main(arguments: list[str] | None = None) -> None:
 def _export_run(run: Path, path: Path) -> None:
     _need_extra()
     model = pack.load(run / "model.safetensors")
-    try:
-        config = json.loads((run / "record.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run / 'record.json'}: is not a record ({error})") from None
+    found = record.read(run / "record.json")
+    packed = found["sha256"].get("packed")  # the oldest records have none
+    if packed not in (None, record.sha256_of(run / "model.safetensors")):
+        raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
     world = World()
-    data = build(config["data"]).to(world)
-    images, _ = next(iter(data.val(2)))
-    if not isinstance(images, Tensor):
-        raise UserError(f"{run}: its model reads text, and only models of images are exported")
-    to_onnx(model, path, images)
-    found = check(model, path, data, world)
+    with contextlib.closing(build(found["config"]["data"]).to(world)) as data:
+        images, _ = next(iter(data.val(2)))
+        if not isinstance(images, Tensor):
+            raise UserError(f"{run}: its model reads text, and only models of images are exported")
+        to_onnx(model, path, images)
+        found = check(model, path, data, world)
     print(f"file                {path}, {path.stat().st_size / 2**20:.3f} MiB")
     print(f"images              {found['images']}")
     print(f"top-1               torch {found['torch_top1']:.2f} %, onnxruntime {found['onnx_top1']:.2f} %")

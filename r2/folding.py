@@ -49,7 +49,7 @@ def collect(pretrained: Path, into: Path, records: list[dict]) -> None:
     classes = {r["sha256"]["pretrained"]: r["config"] for r in records if r["sha256"]["pretrained"]}
     rows = {}
     for directory in sorted(path.parent for path in pretrained.glob("*/model.pt")):
-        state = store.load(directory / "model.pt")
+        state = store.load(directory / "model.pt", "model", "info")
         sha256 = state["info"]["sha256"]
         if sha256 not in classes or not any(w.ndim == 4 for w in state["model"].values()):
             continue  # another recipe's, or a network without a convolution

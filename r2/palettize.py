@@ -224,7 +224,7 @@ class Palette(Quantizer):
     @torch.no_grad()
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
         tail = like[like.shape[0] - self.tail_channels(like) :]
-        return unvectorize(self.centroids.index_select(0, codes.int()), tail, like)
+        return unvectorize(self.centroids.index_select(0, codes.int()).to(like.dtype), tail, like)
 
     def settings(self) -> dict[str, Any]:
         names = ("dim", "temperature", "relative", "iterations", "tolerance")

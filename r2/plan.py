@@ -34,8 +34,13 @@ class Cell:
         return Path(self.config["out"]) / self.name
 
     def finished(self, records: Path | None) -> bool:
-        """Whether its record lies in its own directory, or in the folder `records`."""
-        return (self.directory / "record.json").exists() or bool(records and (records / f"{self.name}.json").exists())
+        """Whether its record lies in its own directory, or in the folder `records`.
+
+        Raises:
+            UserError: what lies there is not its record, or was altered.
+        """
+        places = [self.directory / "record.json", *([records / f"{self.name}.json"] if records else [])]
+        return any(record.read(path, self.name) for path in places if path.exists())
 
     def pretrained(self) -> bool:
         found = Path(self.config["out"], "pretrained").glob(f"*-{self.pretraining}/model.pt")

@@ -38,7 +38,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
     finished = directory / "model.pt"
     with store.lock(directory, world, run.say):
         if world.broadcast(finished.exists()):
-            state = store.load(finished)
+            state = run.finished()
             model.load_state_dict(state["model"])
             run.say(f"pretrained: {directory} (finished, not repeated)")
             return model.eval(), {**state["info"], "directory": str(directory)}
@@ -61,7 +61,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             "weights_initial": initial,
             "weights": describe(model),
             "sha256": store.digest(model.state_dict()),
-            "skipped_images": data.skipped,
+            "skipped_images": data.count_skipped(),
         }
         if world.main:
             store.save(finished, {"format": "r2", "key": key, "model": model.state_dict(), "info": info})

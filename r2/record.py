@@ -1,6 +1,7 @@
 """The record of one run: everything needed to read, compare and repeat it, in one JSON file."""
 
 import functools
+import hashlib
 import json
 import math
 import platform
@@ -109,16 +110,7 @@ def find(folder: Path) -> list[dict]:
         UserError: a file is not a record.
     """
     patterns = ("*/record.json", "records/*.json", "*.json")
-    records = []
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: is not a record ({error})") from None
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            raise UserError(f"{path}: is not a record of this version of r2")
-        records.append(found)
-    return records
+    return [read(path) for path in sorted({path for pattern in patterns for path in folder.glob(pattern)})]
 
 
 def read_all(folder: Path) -> list[dict]:
@@ -133,8 +125,23 @@ def read_all(folder: Path) -> list[dict]:
     return records
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
+def read(path: Path, name: str | None = None) -> dict:
+    """One record; with `name`, of the run of that name.
+
+    Raises:
+        UserError: it is none of this version of r2, was altered after it was written, or is another run's.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not a record ({error}); move it away to run again") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise UserError(f"{path}: is not a record of this version of r2; move it away to run again")
+    if found.get("digest", _digest(found)) != _digest(found):  # the oldest have none
+        raise UserError(f"{path}: altered after it was written (sha256); move it away to run again")
+    if name is not None and found["name"] != name:
+        raise UserError(f"{path}: is the record of {found['name']}; move it away to run again")
+    return found
 
 
 def run_name(axes: dict) -> str:
@@ -160,7 +167,8 @@ def make(
     from r2.regularizers import describe
     from r2.store import digest
 
-    return finite(
+    packed = directory / "model.safetensors"
+    found = finite(
         {
             "schema": SCHEMA,
             "name": directory.name,
@@ -168,7 +176,7 @@ def make(
             "metrics": result["metrics"],
             "fp32": pretrained["metrics"],
             "initial": result.get("initial"),
-            "size": {**size(model), "file_mib": _mib(directory / "model.safetensors")},
+            "size": {**size(model), "file_mib": _mib(packed)},
             "sqnr_db": result.get("sqnr_db"),
             "details": result.get("details"),
             "epochs": {
@@ -182,17 +190,34 @@ def make(
             },
             "timing": {"pretrain": pretrained.get("timing"), "stage": result.get("timing")},
             "processes": world.size,
-            "skipped_images": pretrained["skipped_images"] + data.skipped,
+            "train_images": data.train_images,
+            "skipped_images": pretrained["skipped_images"] + data.count_skipped(),
             "weights_summary": weights_summary(pretrained["weights"]),
             "weights": {
                 "initial": pretrained["weights_initial"],
                 "pretrained": pretrained["weights"],
                 "final": describe(model),
             },
-            "sha256": {"pretrained": pretrained["sha256"], "final": digest(model.state_dict())},
+            "sha256": {
+                "pretrained": pretrained["sha256"],
+                "final": digest(model.state_dict()),
+                "packed": sha256_of(packed) if packed.exists() else None,  # rank 0 writes it
+            },
             "command": command(config),
             "config": {k: v for k, v in config.items() if k not in ("choices", "overrides")},
             "choices": config["choices"],
             **provenance(world.device),
         }
     )
+    found = json.loads(json.dumps(found, default=str))  # as it will be read
+    return {**found, "digest": _digest(found)}
+
+
+def _digest(found: dict) -> str:
+    """sha256 of a record without its own; a change by hand, or a merge, shows."""
+    text = json.dumps({key: value for key, value in found.items() if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -50,10 +50,9 @@ def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
 
     A constant tensor has no kurtosis; its term is 0.
     """
-    centred = w - w.mean()
-    variance = w.var()
-    if w.numel() < 2 or not variance > 0:
+    if w.numel() < 2 or not (variance := w.var()) > 0:
         return w.sum() * 0
+    centred = w - w.mean()
     return ((centred**4).mean() / variance**2 - target) ** 2
 
 
@@ -82,9 +81,9 @@ class Regularizer(nn.Module):
         self._named = weights_of(model)  # a plain dict: the model owns these parameters
 
     def columns(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(layer, column, weight) in a fixed order."""
+        """(layer, column, weight) in a fixed order; a layer of fewer output channels than `dim` has fewer columns."""
         for layer, w in enumerate(self._named.values()):
-            for column in range(self.dim):
+            for column in range(min(self.dim, len(w))):
                 yield layer, column, w
 
     def part(self, w: Tensor, column: int) -> Tensor:
@@ -176,8 +175,11 @@ class Margin(Regularizer):
     def __init__(self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1, lr_mult: Positive = 1.0):
         super().__init__(model, weight, dim)
         self.lr_mult = lr_mult
-        start = [2 * self.part(w.detach(), j).std() for _, j, w in self.columns()]
-        self.margin = nn.Parameter(torch.stack(start).view(-1, dim))
+        start = next(iter(self._named.values())).detach().new_zeros(len(self._named), dim)
+        for i, j, w in self.columns():
+            part = self.part(w.detach(), j)
+            start[i, j] = 2 * part.std() if part.numel() > 1 else part.abs().sum()  # one weight does not deviate
+        self.margin = nn.Parameter(start)
         self._counts = torch.zeros_like(self.margin.detach())
 
     def term(self, w: Tensor, layer: int, column: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 from r2 import claims, figures, folding, record, tables
 from r2.config import UserError
+from r2.store import make_directory
 from r2.store import write as write_file
 from r2.tables import REGULARIZERS, TABLES, Cells, Column, Protocol, Row
 
@@ -36,8 +37,7 @@ def write(folder: Path, pretrained: Path | None = None) -> None:
     """
     records = record.read_all(folder)
     for data in sorted({found["axes"]["data"] for found in records}):
-        of_data, place = [r for r in records if r["axes"]["data"] == data], folder / data
-        place.mkdir(exist_ok=True)
+        of_data, place = [r for r in records if r["axes"]["data"] == data], make_directory(folder / data)
         for suffix, render in tables.WRITTEN.items():
             write_file(place / f"tables.{suffix}", render(of_data).encode())
         if pretrained is not None and pretrained.is_dir():

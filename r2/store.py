@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import tempfile
@@ -74,11 +75,14 @@ def save(path: Path, state: dict) -> None:
     write(path, buffer.getvalue())
 
 
-def load(path: Path) -> dict:
+def load(path: Path, *needed: str) -> dict:
     """Read a checkpoint, with weights_only and its checksums verified (torch.load does not verify them).
 
+    Args:
+        needed: what it has to hold; `info` tells a finished model from a half-trained one, and its sha256 is compared.
+
     Raises:
-        UserError: truncated, altered or not an r2 checkpoint.
+        UserError: truncated, altered or not such a checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -88,21 +92,29 @@ def load(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: not a checkpoint of r2, for it holds more than tensors and plain values; delete it to start again"
+        ) from None
     except Exception as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a checkpoint of r2 ({reason}); delete it to start again") from None
     if not isinstance(state, dict) or state.get("format") != "r2":
         raise UserError(f"{path}: not a checkpoint of r2; delete it to start again")
+    if missing := [name for name in needed if name not in state]:
+        raise UserError(f"{path}: another kind of checkpoint, without {missing[0]!r}; delete it to start again")
+    if "info" in state and digest(state["model"]) != state["info"]["sha256"]:
+        raise UserError(f"{path}: altered, its weights do not match its sha256; delete it to start again")
     return state
 
 
-def load_latest(path: Path, say: Any) -> dict | None:
-    """The newest readable checkpoint: `path`, else the one before it, else None."""
+def load_latest(path: Path, say: Any, *needed: str) -> dict | None:
+    """The newest readable checkpoint: `path`, else the one before it, else None; `needed` as for `load`."""
     found = [p for p in (path, path.with_suffix(".previous")) if p.exists()]
     errors = []
     for candidate in found:
         try:
-            return load(candidate)
+            return load(candidate, *needed)
         except UserError as error:
             errors.append(str(error))
             say(str(error))
@@ -200,10 +212,18 @@ class Run:
 
     def resume(self, phase: str) -> dict | None:
         """The state that `save_state` left, on the CPU."""
-        state = load_latest(self.checkpoint(phase), self.say)
-        if state is not None and state["key"] != self.key:
+        state = load_latest(self.checkpoint(phase), self.say, "key", "position")
+        return None if state is None else self._own(self.checkpoint(phase), state)
+
+    def finished(self) -> dict:
+        """The finished model and its `info`, on the CPU."""
+        path = self.directory / "model.pt"
+        return self._own(path, load(path, "key", "model", "info"))
+
+    def _own(self, path: Path, state: dict) -> dict:
+        if state["key"] != self.key:
             raise UserError(
-                f"{self.checkpoint(phase)}: belongs to another config ({state['key']}, this run is {self.key}); "
+                f"{path}: belongs to another config ({state['key']}, this run is {self.key}); "
                 "delete it, or choose another out=DIR"
             )
         return state

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from r2.config import UserError
+
 _here = Path(__file__).parent
 PAPER = _here / "paper" if (_here / "paper").is_dir() else _here.parent / "results" / "paper"
 REGULARIZERS = {
@@ -28,8 +30,10 @@ _AXES = {"data", "model", "model.width_mult", "reg", "recipe", "stage", "stage.b
          "stage.act_bits", "stage.dim", "stage.skip_first_last", "seed"}  # fmt: skip
 _PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds", "dist_timeout_seconds", "data.root",
            "data.workers"}  # fmt: skip
-# Validation examples of the paper's data sets, ImageNet read in three ways: fewer of them are another study.
-WHOLE = {"imagenet": 50_000, "imagenet_shards": 50_000, "imagenet_dali": 50_000, "qnli": 5_463}
+# Examples of the paper's data sets, ImageNet read in three ways: fewer of them are another study.
+_IMAGENET = {"training": 1_281_167, "validation": 50_000}
+WHOLE = {**dict.fromkeys(("imagenet", "imagenet_shards", "imagenet_dali"), _IMAGENET),
+         "qnli": {"training": 104_743, "validation": 5_463}}  # fmt: skip
 
 
 class Column(NamedTuple):
@@ -101,9 +105,10 @@ def protocol(record: dict) -> Protocol:
     recipe = record["config"]["recipe"]
     overrides = [word.partition("=") for word in shlex.split(record["command"]) if "=" in word]
     changed = sorted(f"{key}={value}" for key, _, value in overrides if key not in _AXES | _PLACES)
-    data, images = record["choices"]["data"], record["metrics"]["images"]
-    if images != WHOLE.get(data, images):
-        changed.append(f"{images} validation images")
+    data = record["choices"]["data"]
+    seen = {"training": record.get("train_images"), "validation": record["metrics"]["images"]}
+    if data in WHOLE:
+        changed += [f"{seen[split]} {split} images" for split, whole in WHOLE[data].items() if seen[split] != whole]
     return Protocol(data, record["choices"]["recipe"], recipe["epochs"], recipe["finetune"]["epochs"], tuple(changed))
 
 
@@ -116,16 +121,29 @@ def column(record: dict) -> Column:
 
 
 def measured(records: Iterable[dict]) -> dict[Protocol, Cells]:
-    """Every cell's top-1 by seed."""
+    """Every cell's top-1 by seed.
+
+    Raises:
+        UserError: two runs give one cell and seed different values, of which one must be stale; names both.
+    """
     found: dict[Protocol, Cells] = defaultdict(lambda: defaultdict(dict))
+    names: dict[tuple, str] = {}
     for record in records:
-        axes, cells = record["axes"], found[protocol(record)]
-        row = axes["model"], axes["reg"]
+        axes, key = record["axes"], protocol(record)
+        row, seed, values = (axes["model"], axes["reg"]), axes["seed"], {}
         if axes["stage"] != "fp32":
-            cells[row, column(record)][axes["seed"]] = record["metrics"]["top1"]
+            values[column(record)] = record["metrics"]["top1"]
         if record["fp32"] and axes.get("dim") in (None, 1):  # a regularizer over vectors is another pretraining
-            cells[row, FP32][axes["seed"]] = record["fp32"]["top1"]
-    return {key: dict(found[key]) for key in sorted(found)}
+            values[FP32] = record["fp32"]["top1"]
+        for place, top1 in values.items():
+            other = names.setdefault((key, row, place, seed), record["name"])
+            if found[key][row, place].setdefault(seed, top1) != top1:
+                raise UserError(
+                    f"{record['name']} and {other} give {' '.join(row)} {place.label} of seed {seed} different values; "
+                    "move the record of one away"
+                )
+    # By seed, because a sum's last bits follow its order.
+    return {key: {place: dict(sorted(of.items())) for place, of in found[key].items()} for key in sorted(found)}
 
 
 def paper(number: str) -> dict[tuple[Row, Column], float]:

@@ -76,10 +76,17 @@ def train(
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16" and device.type == "cuda")
-    position = _Position()
+    position, made_with = _Position(), _made_with(data, world)
     state = run.resume(phase)
     if state is not None:
-        position = _restore(state, model, optimizers, scaler, regularizer, device)
+        _compare(made_with, state.get("made_with", {}), run, phase)
+        try:
+            position = _restore(state, model, optimizers, scaler, regularizer, device)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0][:100]
+            raise UserError(
+                f"{run.checkpoint(phase)}: does not fit this version of r2 ({reason}); delete it to start again"
+            ) from None
         run.say(f"{phase}: going on at epoch {position.epoch + 1}, step {position.step}")
     net = world.parallel(model)
     forward = torch.compile(net) if recipe.compile else net
@@ -94,7 +101,7 @@ def train(
         nonlocal saved
         position.seconds, position.sums = before + time.monotonic() - began, sums.cpu()
         position.timing.note_memory(device)
-        run.save_state(phase, **_state(position, model, optimizers, scaler, regularizer))
+        run.save_state(phase, made_with=made_with, **_state(position, model, optimizers, scaler, regularizer))
         saved = time.monotonic()
         position.timing.begin()
 
@@ -259,6 +266,26 @@ def _any_stop(stop: _Stop, world: World) -> bool:
 def _interrupted(run: Run, phase: str, stop: _Stop) -> SystemExit:
     run.say(f"{phase}: stopped by signal {int(stop.signal)}; the same command goes on from here")
     return stopped(stop.signal, stop.handlers)
+
+
+def _made_with(data: Data, world: World) -> dict[str, str]:
+    """What a phase has to be resumed with, and after it what it had better be resumed with."""
+    return {"data": data.fingerprint(), "torch": str(torch.__version__), "processes": str(world.size)}
+
+
+def _compare(now: dict[str, str], before: dict[str, str], run: Run, phase: str) -> None:
+    """
+    Raises:
+        UserError: the data are not those of the checkpoint: the order of an epoch would be another one.
+    """
+    changed = {name: value for name, value in before.items() if value != now[name]}
+    if "data" in changed:
+        raise UserError(
+            f"{run.checkpoint(phase)}: was made with other data ({before['data']}; now {now['data']}); "
+            "put them back, or delete it to start again"
+        )
+    for name, value in changed.items():
+        run.say(f"{phase}: begun with {name} {value}, goes on with {now[name]}; equal up to rounding")
 
 
 def _state(

@@ -63,7 +63,7 @@ def collect(pretrained: Path, into: Path, records: list[dict] | None = None) -> 
     for directory in sorted(finished, key=lambda path: (path / "model.pt").stat().st_mtime):
         described = _described(json.loads((directory / "config.json").read_text()))
         if described is not None:
-            state = store.load(directory / "model.pt")
+            state = store.load(directory / "model.pt", "model", "info")
             if records is None or state["info"]["sha256"] in made_from:
                 found.append((described, state["model"], directory))
     for described, state, directory in _comparable(found, lambda item: item[0]):

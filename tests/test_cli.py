@@ -11,32 +11,84 @@ from conftest import ENV, SMALL
 from r2 import cli
 from r2.store import digest
 
+# As typed after `stage=ewgs`; every one is refused before torch is imported.
+MISTAKES = {
+    "reg=margn": "did you mean 'margin'? choose from kure, l2, l2_10x, linf, margin, smm",
+    "modl=mbv1": "did you mean 'model'",
+    "stage.bitz=2": "unknown key 'stage.bitz': did you mean 'stage.bits'",
+    "model.width_mult=0": "model.width_mult=0",
+    "model.width_mult=-1": "greater than 0",
+    "stage.bits=0": "stage.bits=0",
+    "stage.bits=33": "less than or equal to 32",
+    "stage.bits=2.5": "stage.bits=2.5: Input should be a valid integer",
+    "stage.delta=-1": "greater than or equal to 0, or: Input should be 'hessian'",
+    "reg=linf reg.weight=nan": "reg.weight=nan: Input should be a finite number",
+    "reg=linf reg.weight=-0.1": "reg.weight=-0.1: Input should be greater than or equal to 0",
+    "reg=linf reg.wieght=1": "did you mean 'reg.weight'",
+    "reg=linf reg.dim=0": "reg.dim=0",
+    "recipe.epochs=abc": "valid integer",
+    "recipe.epochs=3.0": "valid integer",
+    "recipe.lr=nan": "recipe.lr",
+    "recipe.precision=fp8": "'fp32', 'bf16' or 'fp16'",
+    "seed=-1": "seed=-1",
+    "seed=true": "seed=True: Input should be a valid integer",
+    "seed=18446744073709551616": "less than 9223372036854775808",
+    "devices=0": "devices=0: Input should be 'auto', or: Input should be greater than or equal to 1",
+    "out=": "out=''",
+    "data=null": "must be a string",
+    "+reg.strength=3": "known are",
+    "+model._target_=os.system": "model._target_",
+    "++model._target_=os.system": "must name something in r2",
+    "+hydra.callbacks.x._target_=shutil.rmtree": "hydra's own _target_",
+    "reg=../../etc/passwd": "unknown reg 'passwd': choose from",
+    "data=imagenet ++data.root=${oc.env:SECRET}": "only R2_DATA is read from the environment",
+    "stage=[ewgs,lsq]": "stage",
+    "model.width_mult=${nope}": "'nope' not found",
+    "recipe.lr={": "no viable alternative",
+}
+TRY = """
+import json, os, sys
+from r2 import cli
 
-@pytest.mark.parametrize(
-    "argument, expected",
-    [
-        ("reg=margn", "choose from kure, l2, l2_10x, linf, margin, smm"),
-        ("modl=mbv1", "did you mean 'model'"),
-        ("stage.bitz=2", "stage.bitz"),
-        ("model.width_mult=0", "model.width_mult=0"),
-        ("model.width_mult=-1", "greater than 0"),
-        ("stage.bits=0", "stage.bits=0"),
-        ("stage.bits=33", "less than or equal to 32"),
-        ("recipe.epochs=abc", "valid integer"),
-        ("recipe.lr=nan", "recipe.lr"),
-        ("recipe.precision=fp8", "'fp32', 'bf16' or 'fp16'"),
-        ("seed=-1", "seed=-1"),
-        ("devices=0", "devices"),
-        ("+reg.strength=3", "known are"),
-        ("++model._target_=os.system", "must name something in r2"),
-        ("reg=../../etc/passwd", "reg"),
-    ],
-)
-def test_a_mistake_is_one_line_and_nothing_is_written(r2, argument, expected):
-    done = r2("stage=ewgs", argument, timeout=20)
-    assert done.returncode == 2, done.stderr
-    assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in done.stderr and not r2.out.exists()
+class NoTorch:
+    def find_spec(self, name, *rest):
+        assert name != "torch", "torch is imported"
+
+sys.meta_path.insert(0, NoTorch())
+for number, words in enumerate(json.loads(sys.argv[1])):
+    if os.fork() == 0:
+        os.dup2(os.open(f"{number}.told", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv[1:] = ["out=out", "stage=ewgs", *words]
+        cli.main("r2.run")
+    with open(f"{number}.code", "w") as file:
+        print(os.waitstatus_to_exitcode(os.wait()[1]), file=file)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Exit code and stderr of each mistake, and what lay in the working directory then: one interpreter forks for all,
+    because most of the time would go into starting it.
+    """
+    folder = tmp_path_factory.mktemp("mistakes")
+    command = [sys.executable, "-c", TRY, json.dumps([words.split(" ") for words in MISTAKES])]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**ENV, "SECRET": "s3cr3t"})
+    assert done.returncode == 0, done.stderr
+    assert {path.suffix for path in folder.iterdir()} == {".told", ".code"}  # nothing else was written
+    read = [(int((folder / f"{i}.code").read_text()), (folder / f"{i}.told").read_text()) for i in range(len(MISTAKES))]
+    return dict(zip(MISTAKES, read, strict=True))
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_without_torch_and_nothing_is_written(told, words):
+    code, error = told[words]
+    assert code == 2 and MISTAKES[words] in error and len(error.splitlines()) == 1, error
+    assert error.startswith("r2: ") and "s3cr3t" not in error
+
+
+def test_a_mistake_ends_the_program_with_2(r2):
+    done = r2("reg=margn", timeout=20)
+    assert done.returncode == 2 and done.stderr.startswith("r2: unknown reg 'margn'") and not r2.out.exists()
 
 
 def test_help_and_config_do_not_import_torch(tmp_path):

@@ -232,14 +232,16 @@ def test_folding_is_collected_of_the_pretrainings_of_records(tmp_path):
     state = mobilenet_v1(10, 0.25).state_dict()
     state["features.1.1.running_var"][3] = 0
     config = {"model": {"_target_": "r2.models.mobilenet_v1", "width_mult": 0.25}}
-    for name, sha256 in (("known", "a"), ("other", "b")):
+    known = store.digest(state)
+    for name in ("known", "other"):
+        state["classifier.bias"] += name == "other"
         (tmp_path / "pretrained" / name).mkdir(parents=True)
         store.write_json(tmp_path / "pretrained" / name / "config.json", config)
-        saved = {"format": "r2", "key": "", "model": state, "info": {"sha256": sha256}}
+        saved = {"format": "r2", "key": "", "model": state, "info": {"sha256": store.digest(state)}}
         store.save(tmp_path / "pretrained" / name / "model.pt", saved)
     rounded = record(stage="none", bits=4, top1=10.0)
     rounded["axes"]["act_bits"] = 8
-    rounded |= {"sha256": {"pretrained": "a"}}
+    rounded |= {"sha256": {"pretrained": known}}
     for _ in range(2):  # what is there already stays
         folding.collect(tmp_path / "pretrained", tmp_path / "weights", [rounded])
     ((model, reg, spread, top1),) = folding.folding_rows([rounded], tmp_path / "weights")

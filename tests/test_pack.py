@@ -188,6 +188,20 @@ def test_file_size(bits, tmp_path):
     assert 0 < path.stat().st_size - codes - rest < 8500  # the header
 
 
+@pytest.mark.parametrize("bits, dim", [(1, 1), (2, 2)])
+def test_file_size_of_palettes(bits, dim, tmp_path):
+    """bits n / (8 dim) + centroids + the rest in float32 + header, to 2 percent."""
+    path = tmp_path / "a.safetensors"
+    model = simulated(mobilenet_v1, "palette", bits, dim=dim, classes=1000)
+    pack.save(model, path)
+    layers = [(layer.weight.numel(), layer.quantizer.tail(layer.weight)) for layer in compressed(model).values()]
+    codes = sum(bits * (count - left) / dim / 8 for count, left in layers)
+    tables = 4 * len(layers) * (2**bits * dim + 1) + 4 * sum(left for _, left in layers)  # with the temperature
+    norms = 4 * sum(4 * m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size <= 1.02 * (codes + tables + norms + 4 * 1000 + header) and header < 9000
+
+
 @pytest.mark.parametrize("bits", range(1, 17))
 @pytest.mark.parametrize("count", [0, 1, 7, 1001])
 def test_bits_are_dense_and_come_back(bits, count):

@@ -332,6 +332,26 @@ def test_adaround_is_repeatable_and_stays_on_its_grid(compress):
         run(batches=9)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("stage", [Nearest, DFQ, AdaRound])
+def test_odd_weights_stay_finite(compress, stage, granularity):
+    """A dead channel, a constant one, an outlier, and a whole layer of zeros."""
+    model = tiny()
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1], model[0].weight[2] = 0, 0, 0.3
+        model[2].weight.zero_()
+        model[5].weight[0, 0] = 1e3
+    done, _ = compress(stage, model, granularity=granularity)
+    assert torch.isfinite(done["model"](images()[0])).all()
+    for layer in compressed(done["model"]).values():
+        rows = layer.weight.flatten(1) if granularity == "channel" else layer.weight.reshape(1, -1)
+        assert torch.isfinite(layer.weight).all() and all(len(row.unique()) <= 16 for row in rows)
+    with torch.no_grad():
+        model[2].weight[0] = float("nan")
+    with pytest.raises(UserError, match="2: its weight is not finite"):
+        compress(stage, model, granularity=granularity)
+
+
 # On the command line
 
 

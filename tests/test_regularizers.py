@@ -94,14 +94,17 @@ def test_every_conv_and_linear_weight_is_covered():
     assert sum(w.numel() for w in R.weights_of(model).values()) == 463_600 - 256 * 990
 
 
-def test_constant_weights_have_finite_terms():
-    model = nn.Linear(8, 8)
-    nn.init.constant_(model.weight, 0.5)
+@pytest.mark.parametrize("dim", [1, 4])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1e-30, 1e6])
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8), (1, 1)])  # the last two have fewer channels than a vector
+def test_odd_weights_have_finite_terms(shape, value, dim):
+    model = nn.Linear(*reversed(shape))
+    nn.init.constant_(model.weight, value)
     for kind in CLASSES:
-        reg = kind(model)
+        reg = kind(model, dim=dim)
         model.weight.grad = torch.zeros_like(model.weight)
         assert torch.isfinite(reg.add_gradients()) and torch.isfinite(model.weight.grad).all()
-        assert torch.isfinite(reg())
+        assert torch.isfinite(reg()) and all(torch.isfinite(p.grad).all() for p in reg.parameters())
 
 
 def _descend(reg, model, lr, steps, exact=False):

@@ -329,10 +329,13 @@ def test_damaged_and_mistaken_shards(shards, tmp_path, monkeypatch, capsys):
     damaged.write_bytes(content)
     assert prepare(monkeypatch, "--out", out) == 2
     assert f"not as they were written: {damaged}" in capsys.readouterr().err
-    data = of(out)
+    reading, starting = of(out), of(out)
+    next(reading.train(36, 0, 0))
     damaged.write_bytes(content[:2000])  # while it is in use
     with pytest.raises(UserError, match="train-00001.tar: n0.*cannot be decoded .the shard ends early"):
-        list(data.train(36, 0, 0))
+        list(reading.train(36, 0, 1))
+    with pytest.raises(UserError, match="train-00001.tar: was replaced while a run reads it"):
+        list(starting.train(36, 0, 0))
     with pytest.raises(UserError, match="train-00001.tar: has 2000 bytes"):
         of(out)
     damaged.with_suffix(".npz").write_bytes(b"not an index")

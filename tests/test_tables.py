@@ -2,20 +2,23 @@ import json
 
 import pytest
 
-from r2 import claims, tables
+from r2 import claims, report, store, tables
 from r2.config import UserError
-from r2.record import SCHEMA, read_all
+from r2.record import SCHEMA, _digest, read, read_all
 from r2.tables import FP32, Column
 
 EWGS = Column("ewgs", 2, 2)
 
 
 def record(
-    reg="linf", seed=0, top1=50.0, data="digits", command="", fp32=60.0, model="mbv1-0.25", column=EWGS, images=50_000
-):
+    reg="linf", seed=0, top1=50.0, data="digits", command="", fp32=60.0, model="mbv1-0.25", column=EWGS, images=50_000,
+    train_images=1_281_167, name="a-00000000",
+):  # fmt: skip
     """As much of a record as the tables read."""
     return {
         "schema": SCHEMA,
+        "name": name,
+        "train_images": train_images,
         "axes": {"data": data, "model": model, "reg": reg, "seed": seed, **column._asdict()},
         "metrics": {"top1": top1, "images": images},
         "fp32": {"top1": fp32} if fp32 is not None else None,
@@ -35,13 +38,13 @@ def test_only_the_full_protocol_stands_beside_the_paper():
     full = record(data="imagenet")
     assert "| 60.00 [53.48] | 50.00 [26.04] |" in tables.markdown([full])  # Table 3
     assert "[53.48]" in tables.latex([full])
-    part = record(data="imagenet", images=1000)
-    for other in (record(data="imagenet", command="recipe.epochs=3"), record(), part):
+    parts = record(data="imagenet", images=1000), record(data="imagenet", train_images=126_689)
+    for other in (record(data="imagenet", command="recipe.epochs=3"), record(), *parts):
         assert "[26.04]" not in tables.markdown([other]) + tables.latex([other])
 
 
 def test_mobilebert_on_qnli_stands_in_table_7():
-    common = {"data": "qnli", "images": 5_463, "fp32": 90.0, "model": "mobilebert"}
+    common = {"data": "qnli", "images": 5_463, "train_images": 104_743, "fp32": 90.0, "model": "mobilebert"}
     full = record(top1=62.0, column=Column("dkm", 1, None, 1), **common)
     two_bits = record(top1=82.0, column=Column("dkm", 2, None, 1), **common)
     assert "| 90.00 [90.66] | 62.00 [63.17] | 82.00 [82.13] |" in tables.markdown([full, two_bits])
@@ -89,6 +92,76 @@ def test_csv_has_the_axes_of_the_paper_and_one_line_per_seed():
     header = (tables.PAPER / "table2.csv").read_text().splitlines()[0].split(",")
     assert set(header) <= set(lines[0].split(","))
     assert sum(",ewgs,2,2,,all," in line for line in lines) == 2
+
+
+def test_a_missing_cell_is_empty_and_a_twice_measured_one_is_refused():
+    """No cell is filled by a stale record, by which of two was read last, or by another row's."""
+    two = [record(reg="l2", name="x-1"), record(reg="linf", fp32=None, column=Column("lsq", 2, 2), name="y-2")]
+    (cells,) = tables.measured(two).values()
+    assert (("mbv1-0.25", "linf"), FP32) not in cells
+    other = tables.markdown([*two, *[record(reg="l2", column=c, name=f"{c}") for c in tables.TABLES["4"].columns[2:]]])
+    assert "| mbv1-0.25 | L-inf | - | - | - | 50.00 | - | - | - |" in other
+    again = [record(name="new-1234abcd"), record(name="new-1234abcd")]  # a run and the copy of its record
+    assert tables.markdown(again) == tables.markdown(again[:1])
+    stale = record(name="old-deadbeef", top1=51.0)
+    with pytest.raises(UserError, match="old-deadbeef and new-1234abcd give mbv1-0.25 linf ewgs W2A2 of seed 0"):
+        tables.markdown([again[0], stale])
+    with pytest.raises(UserError, match="fp32 of seed 0 different values"):
+        tables.markdown([again[0], record(name="old-deadbeef", fp32=61.0, column=Column("lsq", 2, 2))])
+
+
+def test_bytes_do_not_depend_on_the_order_of_the_records():
+    columns = (EWGS, Column("lsq", 2, 2), Column("none", 4, 8), Column("dkm", 2, None, 1))
+    top1 = iter(range(1000))
+    records = [
+        record(reg=reg, seed=seed, column=column, data=data, model=model, top1=next(top1) / 7, name=f"{next(top1)}")
+        for reg in ("l2", "margin", "new") for seed in (0, 1, 2) for column in columns
+        for data in ("digits", "imagenet") for model in ("mbv1-0.25", "mbv2-0.5")
+    ]  # fmt: skip
+    for render in tables.WRITTEN.values():
+        assert render(records) == render(records[::-1]) == render(sorted(records, key=lambda r: r["command"][::-1]))
+
+
+def test_tables_of_a_moved_folder_are_the_same(tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for run in ("run-0", "run-1"):
+        (out / run).mkdir(parents=True)
+        store.write_json(out / run / "record.json", record(reg="l2" if run == "run-0" else "margin"))
+    before = [render(read_all(out)) for render in tables.WRITTEN.values()]
+    out.rename(elsewhere)
+    (elsewhere / "run-0").rename(elsewhere / "z")
+    assert [render(read_all(elsewhere)) for render in tables.WRITTEN.values()] == before
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    store.write_json(tmp_path / "a.json", record())
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", read_only)  # no permission stops a test that runs as root
+        with pytest.raises(UserError, match=r"cannot write to .*digits \(Read-only file system\)"):
+            report.write(tmp_path)
+    (tmp_path / "digits").rmdir()
+    (tmp_path / "digits").write_text("")
+    with pytest.raises(UserError, match="cannot write to .*digits"):
+        report.write(tmp_path)
+
+
+def test_a_record_that_was_altered_or_is_anothers_is_named(tmp_path):
+    path, found = tmp_path / "record.json", json.loads(json.dumps(record(name="a-1")))
+    sealed = {**found, "digest": _digest(found)}
+    path.write_text(json.dumps(sealed))
+    assert read(path, "a-1") == sealed
+    with pytest.raises(UserError, match="record.json: is the record of a-1"):
+        read(path, "b-2")
+    sealed["metrics"]["top1"] = 99.0
+    path.write_text(json.dumps(sealed))
+    with pytest.raises(UserError, match="record.json: altered after it was written"):
+        read(path)
+    path.write_text(json.dumps(sealed)[:100])
+    with pytest.raises(UserError, match="record.json: is not a record"):
+        read(path)
 
 
 def test_a_folder_without_records_or_with_others_is_named(tmp_path):

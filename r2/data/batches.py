@@ -4,6 +4,7 @@ Order and augmentation are pure functions of (seed, epoch, position), so a run c
 any number of workers, and N processes see the same global batches as one.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,18 +49,40 @@ class Data:
     train_images: int
     val_images: int
     calibration_images: int
-    skipped: int = 0  # undecodable images met so far
+    skipped: int = 0  # undecodable images that this rank has met since `count_skipped`
 
     def to(self, world: World) -> "Data":
         """Bind to a device and a place among the ranks."""
         self.world = world
         return self
 
+    def close(self) -> None:
+        """Stop worker processes, if there are any; whoever has built a data set has to, or the program may not end."""
+
     def describe(self) -> str:
         return (
             f"{self.train_images:,} training and {self.val_images:,} validation images, {self.num_classes} classes, "
             f"{self.image_size}x{self.image_size}"
         )
+
+    def count_skipped(self) -> int:
+        """How often any rank has left an undecodable image out since the last call; all ranks have to ask."""
+        count, self.skipped = torch.tensor(float(self.skipped), device=self.world.device), 0
+        return int(self.world.all_reduce(count))
+
+    def fingerprint(self) -> str:
+        """The examples of both splits in their order, as counts and eight hex digits.
+
+        A run that goes on compares it; of images in files it knows names and labels, not the pixels.
+        """
+        total = hashlib.sha256()
+        for array in self._contents():
+            total.update(np.ascontiguousarray(array).data)
+        return f"{self.train_images} + {self.val_images} examples, {total.hexdigest()[:8]}"
+
+    def _contents(self) -> Iterator[np.ndarray]:
+        """Arrays that tell this data set from any other."""
+        raise NotImplementedError
 
     def steps(self, batch_size: int) -> int:
         """Global batches per epoch; the incomplete last one is dropped."""

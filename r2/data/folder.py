@@ -15,9 +15,10 @@ from r2.data.images import Images
 class Files:
     """The images of one split as files; see `images.Source`."""
 
-    def __init__(self, samples: list[tuple[str, int]]):
+    def __init__(self, root: str, samples: list[tuple[str, int]]):
+        self._root = root
         # Arrays, not a list of tuples: workers share them without copying on every reference count.
-        self._paths = np.array([os.fsencode(path) for path, _ in samples])
+        self.names = np.array([os.fsencode(path[len(root) + 1 :]) for path, _ in samples])
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
 
     def read(self, index: int) -> Tensor:
@@ -26,7 +27,7 @@ class Files:
         return read_file(self.name(index))
 
     def name(self, index: int) -> str:
-        return os.fsdecode(self._paths[index])
+        return os.path.join(self._root, os.fsdecode(self.names[index]))
 
 
 class Folder(Images):
@@ -43,20 +44,20 @@ class Folder(Images):
     ):
         from torchvision.datasets import ImageFolder
 
-        splits = {}
-        for split in ("train", "val"):
-            folder = Path(root) / split
-            classes = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-            if len(classes) != num_classes:
-                raise UserError(f"data.root={root}: {folder} has {len(classes)} class folders, not {num_classes}")
-            try:
-                splits[split] = ImageFolder(str(folder))
-            except FileNotFoundError as error:
-                raise UserError(f"data.root={root}: {str(error).splitlines()[0]}") from None
-        if splits["train"].classes != splits["val"].classes:
-            names = sorted(set(splits["train"].classes) ^ set(splits["val"].classes))
-            raise UserError(f"data.root={root}: train and val differ in class folders: {', '.join(names[:5])}")
-        train, val = (Files(splits[name].samples) for name in ("train", "val"))
+        folders = [Path(root) / split for split in ("train", "val")]
+        classes = [{p.name for p in f.iterdir() if p.is_dir()} if f.is_dir() else set() for f in folders]
+        alone = sorted(classes[0] ^ classes[1])
+        differ = f"train and val differ in class folders: {', '.join(alone[:5])}" if alone else ""
+        for folder, names in zip(folders, classes, strict=True):
+            if len(names) != num_classes:
+                more = f"; {differ}" if differ else ""
+                raise UserError(f"data.root={root}: {folder} has {len(names)} class folders, not {num_classes}{more}")
+        if differ:
+            raise UserError(f"data.root={root}: {differ}")
+        try:
+            train, val = (Files(str(folder), ImageFolder(str(folder)).samples) for folder in folders)
+        except FileNotFoundError as error:
+            raise UserError(f"data.root={root}: {str(error).splitlines()[0]}") from None
         super().__init__(train, val, num_classes, image_size, workers, on_bad_image, calibration_images)
 
 

@@ -21,6 +21,7 @@ from r2.dist import World, ignore_stop_signals
 
 PIECE = 16  # images of one task of a worker
 AHEAD = 8  # pieces that each worker may be ahead of the main process
+MOST_BAD = 0.1  # of the images may be skipped
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 
 
@@ -29,9 +30,11 @@ class Source(Protocol):
 
     Attributes:
         labels: (n,) int64.
+        names: (n,) bytes, unique within a split, wherever it lies.
     """
 
     labels: np.ndarray
+    names: np.ndarray
 
     def read(self, index: int) -> Tensor:
         """The bytes of one image (n,) uint8; raises OSError or RuntimeError."""
@@ -66,6 +69,10 @@ class Images(Data):
     def describe(self) -> str:
         counts = np.bincount(self._train_source.labels, minlength=self.num_classes)
         return f"{super().describe()}, {counts.min():,} to {counts.max():,} training images per class"
+
+    def _contents(self) -> Iterator[np.ndarray]:
+        for source in (self._train_source, self._val_source):
+            yield from (source.labels, source.names)
 
     def to(self, world: World) -> "Data":
         # A row of pixels at a time: a broadcast over 3 channels alone would run in loops of 3.
@@ -115,6 +122,13 @@ class Images(Data):
             )
         return self._loader
 
+    def close(self) -> None:
+        # At its end Python would send SIGTERM to the workers, which they ignore, and wait for them for ever.
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+        self._loader = None
+
     def _memory(self) -> Tensor:
         """A place for every piece under way: (places, PIECE, h, w, 3) uint8, shared with the workers."""
         shape = (self._tasks.places, PIECE, self.image_size, self.image_size, 3)
@@ -143,6 +157,12 @@ class Images(Data):
             if name not in self._told:
                 self._told.add(name)
                 print(f"r2: skipped {name}: {why}", flush=True)
+        most = max(1, MOST_BAD * (self.train_images + self.val_images))
+        if bad and len(self._told) > most:
+            raise UserError(
+                f"{len(self._told)} images cannot be decoded, more than {MOST_BAD:.0%} of all, at last {bad[-1][0]}; "
+                "look at the data folder"
+            )
 
 
 class _Task(NamedTuple):

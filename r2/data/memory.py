@@ -50,6 +50,9 @@ class Memory(Data):
             self._padded = torch.nn.functional.pad(self._train[0], (p, p, p, p))
         return super().to(world)
 
+    def _contents(self) -> Iterator[np.ndarray]:
+        yield from (tensor.cpu().numpy() for split in (self._train, self._val) for tensor in split)
+
     def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._val if train is False else self._train
         for indices in batches:

@@ -35,9 +35,11 @@ class Tars:
     def __init__(self, root: Path, shards: list[dict]):
         self._paths = [root / Path(shard["file"]).name for shard in shards]
         found: dict[str, list[np.ndarray]] = {name: [] for name in INDEX}
+        self._written: list[tuple[int, int]] = []  # size and time of each shard
         for path, shard in zip(self._paths, shards, strict=True):
             index = read_index(path)
-            size = path.stat().st_size if path.exists() else 0
+            self._written.append(_written(path) if path.exists() else (0, 0))
+            size = self._written[-1][0]
             if size != shard["bytes"] or len(index["labels"]) != shard["images"]:
                 raise UserError(
                     f"{path}: has {size} bytes and {len(index['labels'])} images, not {shard['bytes']} and "
@@ -47,23 +49,30 @@ class Tars:
                 found[name].append(index[name])
         self._shards = np.repeat(np.arange(len(shards)), [shard["images"] for shard in shards])
         arrays = (np.concatenate(found[name]) for name in INDEX)
-        self._offsets, self._lengths, self.labels, self.sizes, self._names = arrays
+        self._offsets, self._lengths, self.labels, self.sizes, self.names = arrays
         self._open: dict[int, int] = {}  # of this process
 
     def read(self, index: int) -> Tensor:
         shard, length = int(self._shards[index]), int(self._lengths[index])
         if shard not in self._open:
             self._open[shard] = os.open(self._paths[shard], os.O_RDONLY)
+            if _written(self._open[shard]) != self._written[shard]:
+                raise UserError(f"{self._paths[shard]}: was replaced while a run reads it; start the run again")
         encoded = torch.empty(length, dtype=torch.uint8)
         if os.preadv(self._open[shard], [encoded.numpy().data], int(self._offsets[index])) != length:
             raise OSError("the shard ends early")
         return encoded
 
     def name(self, index: int) -> str:
-        return f"{self._paths[self._shards[index]]}: {os.fsdecode(self._names[index])}"
+        return f"{self._paths[self._shards[index]]}: {os.fsdecode(self.names[index])}"
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_open": {}}  # an open file belongs to its process
+
+
+def _written(file: Path | int) -> tuple[int, int]:
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def read_index(shard: Path) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,10 @@ class Text(Data):
             f"{self.train_images:,} training and {self.val_images:,} validation pairs, {self.num_classes} classes, "
             f"up to {self.max_length} tokens"
         )
+
+    def _contents(self) -> Iterator[np.ndarray]:
+        for pairs in (self._train, self._val):
+            yield from (t.cpu().numpy() for t in (pairs.tokens, pairs.segments, pairs.lengths, pairs.labels))
 
     def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Inputs, Tensor]]:
         pairs = self._val if train is False else self._train

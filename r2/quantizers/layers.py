@@ -50,6 +50,16 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
 
+def check_weights(layers: Mapping[str, nn.Module]) -> None:
+    """
+    Raises:
+        UserError: a weight is not finite; every method would make something of it.
+    """
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():  # type: ignore[arg-type]
+            raise UserError(f"{name}: its weight is not finite and cannot be quantized; train with a lower recipe.lr")
+
+
 def output_ratio(
     quantizer: Quantizer, x: Tensor, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
@@ -155,6 +165,7 @@ def swap(layers: Mapping[str, nn.Module], quantizer: Callable[[str], Quantizer])
 @torch.no_grad()
 def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Inputs) -> None:
     """Initialise every quantizer in one forward pass in training mode, so a later layer sees quantized inputs."""
+    check_weights(layers)
 
     def initialise(layer: Any, inputs: tuple[Tensor]) -> None:
         layer.quantizer.initialise(inputs[0], layer.weight, layer.operation)

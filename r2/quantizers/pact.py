@@ -97,7 +97,7 @@ class _DoReFa(torch.autograd.Function):
         w, t, top, largest = ctx.saved_tensors
         kernel = _dorefa_gradient if w.numel() >= 4096 and w.dtype != torch.float64 else _dorefa_gradient.plain
         gw, total = kernel(t, flat(matching(grad, w)), largest)
-        gw[top] -= t[top].sign() * total / largest**2 * (1 - t[top] ** 2)
+        gw[top] -= t[top].sign() * total / largest / largest * (1 - t[top] ** 2)
         return unflat(gw, w), None
 
 

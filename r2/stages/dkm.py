@@ -11,7 +11,7 @@ from r2.config import Bits, Count, NonNegative, Positive, UserError
 from r2.data.batches import Data
 from r2.dist import sync_batchnorm
 from r2.palettize import Palette
-from r2.quantizers.layers import compressed, layer_bits, quantizable, signal_to_noise, swap
+from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise, swap
 from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.regularizers import Regularizer
 from r2.stages.stage import Stage
@@ -83,6 +83,7 @@ class DKM(Stage):
             bits = overrides.get(name, self.weight_bits)
             return Palette(bits, self.dim, self.temperature, relative, self.iterations, self.tolerance)
 
+        check_weights(layers)
         swap(layers, palette)
         for layer in compressed(model).values():
             layer.quantizer.initialise(torch.empty(0), layer.weight, layer.operation, seed=seed)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from r2 import console
 from r2.config import Bits, Count, Fraction, NonNegative, Positive, UserError
 from r2.data.batches import IGNORED, Data
-from r2.quantizers.layers import layer_bits, quantizable, signal_to_noise
+from r2.quantizers.layers import check_weights, layer_bits, quantizable, signal_to_noise
 from r2.recipe import Recipe
 from r2.regularizers import Regularizer
 from r2.stages import aimet, bias_correction, simulation
@@ -101,6 +101,7 @@ class PTQ(Stage):
         with aimet.alone(directory, seed) as (version, scratch):
             loaded = time.monotonic()
             net, norms = aimet.fold(model, batches[0][:2])
+            check_weights(quantizable(net))
             where = places(model, self._left_out(model))
             bits = {name: self.weight_bits for name in quantizable(net, self.skip_first_last)}
             bits |= layer_bits(list(bits), self.layer_bits)
