@@ -95,12 +95,17 @@ def _job(cfg: DictConfig) -> Any:
     except (UserError, OmegaConfBaseException) as error:
         text = last_line(error) if isinstance(error, UserError) else one_line(error)
         print(f"r2: {text}", file=sys.stderr, flush=True)
+        _failures.append(f"{' '.join(context.overrides.task)} ({text})")
         if context.mode == RunMode.RUN:
             raise SystemExit(2) from None
         raise UserError(text) from None
     except Exception as error:
         traceback.print_exc()  # at once: a sweep would show it only at its end
+        _failures.append(f"{' '.join(context.overrides.task)} ({type(error).__name__}, see above)")
         raise JobFailed from error
+
+
+_failures: list[str] = []  # of the jobs of a sweep that ran in this process
 
 
 class JobFailed(Exception):
@@ -115,8 +120,9 @@ def main(program: str) -> None:
         sys.argv[1:] = ["-m", *sweep_words([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])]
     try:
         hydra.main(config_path=CONFIGS, config_name="config", version_base="1.3")(_job)()
-    except UserError:
-        raise SystemExit(2) from None  # said where it happened
+    except UserError:  # said where it happened
+        _tell_failures(sweep)
+        raise SystemExit(2) from None
     except COMPOSE_ERRORS as error:
         print(f"r2: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -127,12 +133,15 @@ def main(program: str) -> None:
         )
         raise SystemExit(2) from None
     except JobFailed:
-        if sweep:
-            print(
-                "r2: a job of the sweep failed, see above; the same command runs what is missing",
-                file=sys.stderr,
-            )
+        _tell_failures(sweep)
         raise SystemExit(1) from None
+
+
+def _tell_failures(sweep: bool) -> None:
+    if sweep:
+        for failure in _failures:
+            print(f"r2: failed: {failure}", file=sys.stderr)
+        print("r2: a job of the sweep failed, see above; the same command runs what is missing", file=sys.stderr)
 
 
 def sweep_words(words: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from r2.config import UserError
 
 # What batch systems send before they end a job: SLURM one of the first two, submitit the last.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_TOLERANCE = 3.0  # seconds between the first and the last rank that give up waiting
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,18 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_with_parent() -> None:
+    """For a process of multiprocessing: SIGTERM as soon as the process that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def device_count(devices: int | str) -> int:
     """Processes to start: one per GPU, or as asked."""
     gpus = torch.cuda.device_count()
@@ -215,6 +229,7 @@ def _worker(function: Callable, config: dict) -> Any:
     # PyTorch's `record` hands a worker's traceback to the launcher.
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    end_with_parent()
     return record(_join)(function, config)
 
 
@@ -235,5 +250,33 @@ def _join(function: Callable, config: dict) -> Any:
         print(f"r2: {error}" if world.main else "", file=sys.stderr, end="\n" if world.main else "", flush=True)
         time.sleep(0.5 * (not world.main))  # let rank 0 be the first to leave
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        _name_the_hung(world, config["dist_timeout_seconds"], error)
+        raise
     td.destroy_process_group()
     return result
+
+
+def _name_the_hung(world: World, seconds: float, error: RuntimeError) -> None:
+    """After a collective call of gloo that no rank comes out of: those that waited in it say so, the others are told.
+
+    NCCL ends the processes that waited by itself, with a message of its own.
+    """
+    store = td.distributed_c10d._get_default_store()
+    store.set_timeout(timedelta(seconds=10))
+    try:
+        store.set(f"r2/waited/{world.rank}", "")
+        if "timed out" not in str(error).lower():
+            return
+        time.sleep(_TOLERANCE)
+        waited = [rank for rank in range(world.size) if store.check([f"r2/waited/{rank}"])]
+    except RuntimeError:
+        waited = [*range(1, world.size)]  # rank 0 keeps the store
+    hung = [str(rank) for rank in range(world.size) if rank not in waited]
+    if hung and world.rank == waited[0]:
+        print(
+            f"r2: rank {', '.join(hung)} of {world.size} hangs: no answer for {seconds:g} s (dist_timeout_seconds); "
+            "the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
