@@ -1,14 +1,19 @@
 """The real command line in forked processes: what takes seconds to import is imported once, in the fork server."""
 
 import contextlib
+import csv
+import json
 import multiprocessing
 import os
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
-from conftest import ENV
+import pytest
+from conftest import ENV, SMALL
 
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["pytest", "aimet_torch", "forked", "r2.run", "r2.record", "r2.stages.ptq", "wandb"])
 # Where each phase of a run begins and ends: module, function. Records are gathered by the first, written by the second.
@@ -23,6 +28,30 @@ PHASES = {
     "record": [("r2.record", "make"), ("r2.store.Run", "finish")],
 }
 
+TINY = [*SMALL, "model=mbv1", "reg=margin", "data.train_images=64", "data.val_images=20", "recipe.batch_size=16",
+        "recipe.epochs=4", "recipe.finetune.epochs=3", "recipe.finetune.batch_size=16",
+        "recipe.finetune.adaround_iterations=2", "checkpoint_seconds=0"]  # fmt: skip
+EWGS = ["stage=ewgs", "stage.delta=hessian", "stage.hessian_batches=1", "stage.lr=0.001",
+        "stage.hessian_probes=2"]  # fmt: skip
+DKM, ADAROUND = ["stage=dkm"], ["stage=adaround"]
+CLOCKS = {"seconds", "images_per_second", "timing", "command", "config"}  # of a record: tell of speed and of `out`
+CLOCK_COLUMNS = {"images_per_second", "data_wait", "step_seconds_p50", "step_seconds_p95", "peak_memory_mib"}
+
+
+def results(out):
+    """Everything that a set of runs has come to, without what the clock says: records, curves and packed files."""
+    found = {}
+    for path in out.glob("*/record.json"):
+        record = json.loads(path.read_text())
+        found[path.parent.name, "record"] = {key: value for key, value in record.items() if key not in CLOCKS}
+        found[path.parent.name, "file"] = path.with_name("model.safetensors").read_bytes()
+    for path in out.glob("**/curve-*.csv"):
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        found[path.parent.name, path.name] = [[v for k, v in row.items() if k not in CLOCK_COLUMNS] for row in rows]
+        if path.name != "curve-weights.csv":
+            assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(len(rows))]
+    return found
+
 
 class Run:
     """`python -m r2.run *words` in a process of its own; `log` gets what it prints.
@@ -32,7 +61,7 @@ class Run:
     """
 
     def __init__(self, log, *words, before=None, env=None):
-        self.log, self.words, self.marks = log, words, []
+        self.log, self.marks, self.began = log, [], time.monotonic()
         with mock.patch.dict(os.environ, ENV):  # the first call starts the server
             self._reader, writer = context.Pipe(duplex=False)
             self.process = context.Process(target=_main, args=(str(log), words, before, env or {}, writer))
@@ -101,3 +130,25 @@ def _marked(writer, phase, name, function):
             writer.send((time.monotonic(), phase, False))
 
     setattr(place, function, call)
+
+
+def alive(pid):
+    """Whether a process is there and is not only waiting to be reaped (Linux)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid):
+    """The processes that `pid` has started, and those that they have (Linux)."""
+    found = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def wait_for(condition, seconds=300):
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return found

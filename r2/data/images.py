@@ -4,6 +4,7 @@ A worker writes pixels as uint8 into memory that it shares with the main process
 number of the place and the labels go through a queue. So a batch is copied once, and all workers serve it together.
 """
 
+import multiprocessing
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from r2.dist import World, ignore_stop_signals
 
 PIECE = 16  # images of one task of a worker
 AHEAD = 8  # pieces that each worker may be ahead of the main process
+STALL = 1800.0  # seconds without a piece after which a worker, or the disk, counts as hung
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 
 
@@ -84,7 +86,7 @@ class Images(Data):
             images = torch.empty(n, size, size, 3, device=self.world.device)
             labels = torch.empty(n, dtype=torch.int64)
             for at in range(0, n, PIECE):
-                done: _Done = next(pieces)
+                done: _Done = self._next(pieces)
                 end = at + len(done.labels)
                 self._normalise(self._decoder.places[done.place, : end - at], images[at:end])
                 labels[at:end] = torch.tensor(done.labels)
@@ -92,6 +94,19 @@ class Images(Data):
             if bool((labels == IGNORED).all()):
                 raise UserError(f"no image of a whole batch of {n} can be decoded; look at {done.bad[0][0]}")
             yield images.permute(0, 3, 1, 2), labels.to(self.world.device, non_blocking=True)
+
+    def _next(self, pieces: Iterator[Any]) -> Any:
+        try:
+            return next(pieces)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            for worker in multiprocessing.active_children():
+                worker.kill()  # Python would wait for them when it leaves
+            raise UserError(
+                f"data: no images for {STALL:g} s, a data worker or its disk hangs; "
+                "the same command goes on from the last checkpoint"
+            ) from None
 
     def _started(self) -> Any:
         """The loader with its worker processes, which live as long as the data set."""
@@ -109,6 +124,7 @@ class Images(Data):
                 num_workers=self.workers,
                 prefetch_factor=AHEAD if self.workers else None,
                 persistent_workers=self.workers > 0,
+                timeout=STALL if self.workers else 0,
                 collate_fn=_as_it_is,
                 worker_init_fn=_started_worker,
                 generator=torch.Generator(),  # the model's random numbers stay as they are
