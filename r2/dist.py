@@ -262,18 +262,17 @@ def _name_the_hung(world: World, seconds: float, error: RuntimeError) -> None:
 
     NCCL ends the processes that waited by itself, with a message of its own.
     """
+    timed_out = "timed out" in str(error).lower()  # else another rank has given up before
     store = td.distributed_c10d._get_default_store()
     store.set_timeout(timedelta(seconds=10))
     try:
         store.set(f"r2/waited/{world.rank}", "")
-        if "timed out" not in str(error).lower():
-            return
-        time.sleep(_TOLERANCE)
+        time.sleep(_TOLERANCE * timed_out)
         waited = [rank for rank in range(world.size) if store.check([f"r2/waited/{rank}"])]
     except RuntimeError:
-        waited = [*range(1, world.size)]  # rank 0 keeps the store
+        waited = [*range(1, world.size)]  # rank 0 may keep the store
     hung = [str(rank) for rank in range(world.size) if rank not in waited]
-    if hung and world.rank == waited[0]:
+    if timed_out and hung and world.rank == waited[0]:
         print(
             f"r2: rank {', '.join(hung)} of {world.size} hangs: no answer for {seconds:g} s (dist_timeout_seconds); "
             "the same command goes on from the last checkpoint",

@@ -93,10 +93,12 @@ class Run:
             os.kill(self.process.pid, number)
 
     def where(self):
-        """The phase in which it ended, None between phases."""
+        """The phase in which a signal ended it, None between phases."""
         inside = []
         for _, phase, begins in self.marks:
             inside.append(phase) if begins else inside.remove(phase)
+        if self.process.exitcode > 128:  # it has left the phase by itself, after a checkpoint
+            return self.marks[-1][1]
         return inside[-1] if inside else None
 
 

@@ -20,9 +20,12 @@ from torchvision.io import write_jpeg
 from r2 import plan, store
 
 pytestmark = pytest.mark.slow
-# A phase, the run that is killed in it, and how often. The last one begins anew each time and takes what is left over.
-PLAN = [("pretrain", EWGS, 8), ("hessian", EWGS, 6), ("ewgs", EWGS, 7), ("packing", EWGS, 5), ("record", EWGS, 5),
-        ("dkm", DKM, 8), ("calibration", ADAROUND, 5), ("adaround", [*ADAROUND, "force=true"], 50)]  # fmt: skip
+NEAREST = ["stage=none"]
+# A phase, the run that is killed in it, and how often: 54, of which pretraining may miss a few, being done only once.
+PLAN = [("pretrain", EWGS, 9), ("hessian", EWGS, 6), ("ewgs", EWGS, 8), ("packing", EWGS, 6), ("record", EWGS, 6),
+        ("calibration", NEAREST, 5), ("adaround", ADAROUND, 4), ("dkm", DKM, 10)]  # fmt: skip
+
+
 def durations(run):
     begun, found = {}, {}
     for at, phase, begins in run.marks:
@@ -36,40 +39,40 @@ def durations(run):
 def test_fifty_kills_change_nothing(tmp_path):
     random_ = random.Random(0)
     seconds = {}
-    for words in (EWGS, DKM, ADAROUND):
+    for words in (EWGS, NEAREST, ADAROUND, DKM):
         whole = Run(tmp_path / "whole.log", f"out={tmp_path / 'whole'}", *TINY, *words)
         assert whole.wait() == 0, whole.output()
         seconds |= durations(whole)
     assert seconds.keys() == PHASES.keys()
 
     out, log = tmp_path / "killed", tmp_path / "killed.log"
+
+    def start(words):
+        return Run(log, f"out={out}", *TINY, *words, "force=true")  # a run that was not hit in time begins anew
+
     kills, hits = 0, dict.fromkeys(PHASES, 0)
     for phase, words, count in PLAN:
-        tries = 0
-        while tries < count and kills < 50:
-            run = Run(log, f"out={out}", *TINY, *words)
-            # A phase that goes on from checkpoints shall not be over before the kills for it are.
-            share = 1.2 / count if phase in ("pretrain", "ewgs", "dkm") else 1.0
+        # A phase that goes on from checkpoints shall not be over before the kills for it are.
+        share = 0.8 / count if phase in ("pretrain", "ewgs", "dkm") else 0.9
+        while hits[phase] < count:
+            run = start(words)
             if not run.follow(phase):
                 assert run.wait() == 0, run.output()
-                break  # it is over
+                break  # pretraining is over
             time.sleep(random_.random() * share * seconds[phase])
             number = random_.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
             run.signal(number)
             status = run.wait()
             assert status in (-number, 128 + number, 0), run.output()
-            tries += 1
             kills += status != 0
             if status != 0 and run.where():
                 hits[run.where()] += 1
-            print(phase, tries, kills, run.where(), status, round(time.monotonic() - run.began, 2), [(round(m[0] - run.began, 2), *m[1:]) for m in run.marks])
-    assert kills == 50 and all(hits.values()), hits
-    for words in (EWGS, DKM, ADAROUND):
-        last = Run(log, f"out={out}", *TINY, *words)
+    assert kills >= 50 and min(hits.values()) >= 2, hits
+    for words in (EWGS, NEAREST, ADAROUND, DKM):
+        last = start(words)
         assert last.wait() == 0, last.output()
     assert results(out) == results(tmp_path / "whole")
-    told = log.read_text()
-    assert "Traceback" not in told, told
+    assert "Traceback" not in log.read_text(), log.read_text()
     assert not [*out.glob("**/*.part"), *out.glob("**/*.ckpt"), *out.glob("**/*.previous"), *out.glob("**/.owner")]
 
 
