@@ -5,6 +5,7 @@ python -m r2.run -m reg=l2,kure,linf,margin stage=ewgs
 python -m r2.run model=mbv2 reg=margin stage=ewgs check=true    # whether it would start, and what it will do
 """
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,20 +50,20 @@ def experiment(config: dict, world: "World") -> dict:
             run.say(f"{directory}: finished before, not repeated (force=true repeats it)")
             found = record.read(finished)
         else:
-            data = build(config["data"]).to(world)
-            run.say(f"{axes['data']}: {data.describe()}")
-            tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
-            run.log = tracker.log
-            with torch.device("meta"):
-                stage.check(build(config["model"], num_classes=data.num_classes))
-            start = untrained if stage.from_scratch else pretrain
-            model, pretrained = start(config, data, recipe, world, tracker)
-            model, result = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
-            if world.main:
-                pack.save(model, directory / "model.safetensors")
-            found = record.make(config, axes, directory, pretrained, model, result, data, world)
-            run.finish(model, found)
-            tracker.close()
+            with contextlib.closing(build(config["data"]).to(world)) as data:
+                run.say(f"{axes['data']}: {data.describe()}")
+                tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
+                run.log = tracker.log
+                with torch.device("meta"):
+                    stage.check(build(config["model"], num_classes=data.num_classes))
+                start = untrained if stage.from_scratch else pretrain
+                model, pretrained = start(config, data, recipe, world, tracker)
+                model, result = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
+                if world.main:
+                    pack.save(model, directory / "model.safetensors")
+                found = record.make(config, axes, directory, pretrained, model, result, data, world)
+                run.finish(model, found)
+                tracker.close()
     if world.main:
         console.summary(found, directory)
     return found

@@ -107,6 +107,7 @@ def _main(log, words, before, env, writer):
     for number in (1, 2):
         os.dup2(file, number)
     os.environ.update(env)
+    multiprocessing.set_start_method(None, force=True)  # the system's own, for processes that the run starts
     sys.argv[1:] = words
     from r2 import cli
 

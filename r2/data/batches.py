@@ -55,6 +55,9 @@ class Data:
         self.world = world
         return self
 
+    def close(self) -> None:
+        """End what serves the data: worker processes."""
+
     def describe(self) -> str:
         return (
             f"{self.train_images:,} training and {self.val_images:,} validation images, {self.num_classes} classes, "

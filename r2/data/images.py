@@ -95,6 +95,12 @@ class Images(Data):
                 raise UserError(f"no image of a whole batch of {n} can be decoded; look at {done.bad[0][0]}")
             yield images.permute(0, 3, 1, 2), labels.to(self.world.device, non_blocking=True)
 
+    def close(self) -> None:
+        # Python would send them SIGTERM, which they leave to the main process, and wait for ever.
+        if self._loader is not None and self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
+        self._loader = None
+
     def _next(self, pieces: Iterator[Any]) -> Any:
         try:
             return next(pieces)
