@@ -1,6 +1,7 @@
 """Faults: nothing finished is lost or done twice, and every fault is told in one line. Minutes, where marked slow."""
 
 import ast
+import contextlib
 import functools
 import json
 import os
@@ -258,25 +259,21 @@ def without_wandb():
 
 @pytest.mark.slow
 def test_wandb_that_refuses_hangs_or_is_missing_changes_nothing(tmp_path, whole):
-    def run(name, before=None, **env):
-        out = tmp_path / name
+    def run(told, before=None, **env):
+        out = tmp_path / told
+        out.mkdir()
         env = {"WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path), **env}
-        return Run(tmp_path / f"{name}.log", f"out={out}", *TINY, *EWGS, "tracker=wandb", before=before, env=env), out
+        process = Run(out / "log", f"out={out}", *TINY, *EWGS, "tracker=wandb", before=before, env=env)
+        assert process.wait() == 0 and f"r2: wandb {told}" in process.output(), process.output()
+        assert process.marks[0][0] - process.began < trackers.PATIENCE + 30, process.output()
+        assert results(out) == whole
 
     with socket.create_server(("localhost", 0)) as hole:  # takes connections and never answers
         silent = f"http://localhost:{hole.getsockname()[1]}"
-        cases = {
-            "cannot be reached": run("closed", WANDB_BASE_URL="http://localhost:1"),
-            "wandb cannot be reached": run("hole", WANDB_BASE_URL=silent),
-            "wandb is off": run("missing", without_wandb, WANDB_BASE_URL=silent),
-            "No API key": run("nokey", WANDB_API_KEY="", WANDB_BASE_URL=silent),
-        }
-        for told, (process, out) in cases.items():
-            assert process.wait() == 0, process.output()
-            assert told in process.output() and process.output().count("wandb") <= 2, process.output()
-            begun, ended = process.marks[0][0], process.marks[-1][0]
-            assert begun - process.began < 2 * trackers.PATIENCE and time.monotonic() - ended < 600
-            assert results(out) == whole
+        run("cannot be reached (Failed", WANDB_BASE_URL=silent)
+        run("cannot be reached", WANDB_BASE_URL="http://localhost:1")
+        run("cannot be reached (No API key", WANDB_API_KEY="", WANDB_BASE_URL=silent)
+        run("is off", before=without_wandb)
 
 
 def test_a_tracker_that_hangs_is_given_up(monkeypatch, capsys):
@@ -313,7 +310,8 @@ def test_a_rank_that_hangs_is_named(tmp_path, rank):
     try:
         output, _ = process.communicate(timeout=120)
     finally:
-        os.kill(hung, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # the launcher has done so
+            os.kill(hung, signal.SIGKILL)
     assert process.returncode == 1 and f"r2: rank {rank} of 2 hangs: no answer for 10 s" in output, output
 
 
