@@ -157,7 +157,8 @@ def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
         yield
     finally:
         if world.main:
-            _owner_file(directory).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _owner_file(directory).unlink()
             handle.release()
 
 

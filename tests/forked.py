@@ -34,7 +34,7 @@ TINY = [*SMALL, "model=mbv1", "reg=margin", "data.train_images=64", "data.val_im
 EWGS = ["stage=ewgs", "stage.delta=hessian", "stage.hessian_batches=1", "stage.lr=0.001",
         "stage.hessian_probes=2"]  # fmt: skip
 DKM, ADAROUND = ["stage=dkm"], ["stage=adaround"]
-CLOCKS = {"seconds", "images_per_second", "timing", "command", "config"}  # of a record: tell of speed and of `out`
+OTHER = {"seconds", "images_per_second", "timing", "command", "config", "commit"}  # of a record: speed, place, checkout
 CLOCK_COLUMNS = {"images_per_second", "data_wait", "step_seconds_p50", "step_seconds_p95", "peak_memory_mib"}
 
 
@@ -43,7 +43,7 @@ def results(out):
     found = {}
     for path in out.glob("*/record.json"):
         record = json.loads(path.read_text())
-        found[path.parent.name, "record"] = {key: value for key, value in record.items() if key not in CLOCKS}
+        found[path.parent.name, "record"] = {key: value for key, value in record.items() if key not in OTHER}
         found[path.parent.name, "file"] = path.with_name("model.safetensors").read_bytes()
     for path in out.glob("**/curve-*.csv"):
         rows = list(csv.DictReader(path.read_text().splitlines()))
