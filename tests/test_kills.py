@@ -156,7 +156,7 @@ def test_a_table_survives_its_driver_and_three_broken_cells(tmp_path):
     """The driver is killed; then of eight cells one raises, one is killed and one meets NaN; then all is well."""
     out, log = tmp_path / "out", tmp_path / "log"
     overrides = [*(w for w in TINY if not w.startswith("reg")), "reg=l2,margin", "stage.bits=1,2,3,4", f"out={out}",
-                 "recipe.epochs=1"]  # fmt: skip
+                 "recipe.epochs=1", "recipe.finetune.epochs=2"]  # fmt: skip
     cells = {(c.axes["reg"], c.axes["weight_bits"]): c.directory for c in plan.cells(["table5"], overrides)}
     assert len(cells) == 8
 
