@@ -262,7 +262,7 @@ def _name_the_hung(world: World, seconds: float, error: RuntimeError) -> None:
 
     NCCL ends the processes that waited by itself, with a message of its own.
     """
-    timed_out = "timed out" in str(error).lower()  # else another rank has given up before
+    timed_out = any(words in str(error).lower() for words in ("timed out", "timeout"))  # else a rank has left before
     store = td.distributed_c10d._get_default_store()
     store.set_timeout(timedelta(seconds=10))
     try:
