@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from r2.config import GROUPS, UserError, build, check, check_targets, unknown_key
+from r2.config import GROUPS, UserError, build, check, check_targets, last_line, unknown_key
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 _here = Path(__file__).parent
@@ -108,12 +108,17 @@ def _job(cfg: DictConfig) -> Any:
     except (UserError, OmegaConfBaseException) as error:
         text = last_line(error) if isinstance(error, UserError) else one_line(error)
         print(f"r2: {text}", file=sys.stderr, flush=True)
+        _failures.append(f"{' '.join(context.overrides.task)} ({text})")
         if context.mode == RunMode.RUN:
             raise SystemExit(2) from None
         raise JobRefused from error
     except Exception as error:
         traceback.print_exc()  # at once: a sweep would show it only at its end
+        _failures.append(f"{' '.join(context.overrides.task)} ({type(error).__name__}, see above)")
         raise JobFailed from error
+
+
+_failures: list[str] = []  # of the jobs of a sweep that ran in this process
 
 
 class JobRefused(Exception):
@@ -138,6 +143,7 @@ def main(program: str) -> None:
             check_sweep(sys.argv[2:])
         hydra.main(config_path=CONFIGS, config_name="config", version_base="1.3")(_job)()
     except JobRefused:
+        _tell_failures(sweep)
         raise SystemExit(2) from None
     except UserError as error:
         print(f"r2: {error}", file=sys.stderr)
@@ -152,12 +158,15 @@ def main(program: str) -> None:
         )
         raise SystemExit(2) from None
     except JobFailed:
-        if sweep:
-            print(
-                "r2: a job of the sweep failed, see above; the same command runs what is missing",
-                file=sys.stderr,
-            )
+        _tell_failures(sweep)
         raise SystemExit(1) from None
+
+
+def _tell_failures(sweep: bool) -> None:
+    if sweep:
+        for failure in _failures:
+            print(f"r2: failed: {failure}", file=sys.stderr)
+        print("r2: a job of the sweep failed, see above; the same command runs what is missing", file=sys.stderr)
 
 
 def sweep_words(words: list[str]) -> list[str]:
@@ -223,8 +232,3 @@ def one_line(error: BaseException) -> str:
         return f"unknown {group.strip().strip(chr(39))} {wanted!r}: {hint}choose from {', '.join(options)}"
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
     return "; ".join(lines[:3])
-
-
-def last_line(error: BaseException) -> str:
-    # An error raised in a data loader's worker carries its traceback in the message.
-    return str(error).strip().splitlines()[-1].removeprefix("r2.config.UserError: ")

@@ -22,6 +22,11 @@ class UserError(Exception):
     """A mistake of the user's, told in one line and without a traceback."""
 
 
+def last_line(error: BaseException) -> str:
+    """What a UserError says. One that was raised in a data loader's worker carries its traceback in the message."""
+    return str(error).strip().splitlines()[-1].removeprefix("r2.config.UserError: ")
+
+
 Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,10 +21,11 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from r2.config import UserError
+from r2.config import UserError, last_line
 
 # What batch systems send before they end a job: SLURM one of the first two, submitit the last.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_TOLERANCE = 3.0  # seconds between the first and the last rank that give up waiting
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,18 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_with_parent() -> None:
+    """For a process of multiprocessing: SIGTERM as soon as the process that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def device_count(devices: int | str) -> int:
     """Processes to start: one per GPU, or as asked."""
     gpus = torch.cuda.device_count()
@@ -233,6 +247,7 @@ def _worker(function: Callable, config: dict) -> Any:
     # PyTorch's `record` hands a worker's traceback to the launcher.
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    end_with_parent()
     return record(_join)(function, config)
 
 
@@ -252,9 +267,34 @@ def _join(function: Callable, config: dict) -> Any:
     except UserError as error:
         # A mistake is mostly every rank's: rank 0 tells it and leaves, and the launcher ends the others meanwhile.
         time.sleep(3 * (not world.main))
-        from r2.cli import last_line
-
         print(f"r2: {last_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        _name_the_hung(world, config["dist_timeout_seconds"], error)
+        raise
     td.destroy_process_group()
     return result
+
+
+def _name_the_hung(world: World, seconds: float, error: RuntimeError) -> None:
+    """After a collective call of gloo that no rank comes out of: those that waited in it say so, the others are told.
+
+    NCCL ends the processes that waited by itself, with a message of its own.
+    """
+    timed_out = any(words in str(error).lower() for words in ("timed out", "timeout"))  # else a rank has left before
+    store = td.distributed_c10d._get_default_store()
+    store.set_timeout(timedelta(seconds=10))
+    try:
+        store.set(f"r2/waited/{world.rank}", "")
+        time.sleep(_TOLERANCE * timed_out)
+        waited = [rank for rank in range(world.size) if store.check([f"r2/waited/{rank}"])]
+    except RuntimeError:
+        waited = [*range(1, world.size)]  # rank 0 may keep the store
+    hung = [str(rank) for rank in range(world.size) if rank not in waited]
+    if timed_out and hung and world.rank == waited[0]:
+        print(
+            f"r2: rank {', '.join(hung)} of {world.size} hangs: no answer for {seconds:g} s (dist_timeout_seconds); "
+            "the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from r2 import estimate, store
-from r2.cli import last_line
-from r2.config import UserError, build
+from r2.config import UserError, build, last_line
 from r2.console import say
 from r2.dist import World, device_count
 from r2.plan import Cell, cell_of

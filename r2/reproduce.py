@@ -23,8 +23,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from r2.config import UserError
@@ -106,10 +105,10 @@ def reproduce(request: Request) -> int:
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]
     print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)
-    run_all(missing, request.jobs, visible_gpus())
+    reasons = run_all(missing, request.jobs, visible_gpus())
     failed = [cell for cell in missing if not (cell.directory / "record.json").exists()]
     for cell in failed:
-        print(f"r2: failed: {record.command(cell.config)}", file=sys.stderr)
+        print(f"r2: failed: {record.command(cell.config)} ({reasons.get(cell.name, 'not begun')})", file=sys.stderr)
     folder = request.records.parent if request.records else out
     if request.records is not None:
         collect(cells, request.records)
@@ -127,11 +126,14 @@ def visible_gpus() -> list[str]:
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
 
-def run_all(cells: list, jobs: int, gpus: list[str]) -> None:
+def run_all(cells: list, jobs: int, gpus: list[str]) -> dict[str, str]:
     """Run cells in processes of their own, those of one pretraining in one after the other.
 
     Args:
         gpus: shared out evenly among the jobs.
+
+    Returns:
+        why each run that failed did so, by its name.
 
     Raises:
         UserError: more jobs than GPUs.
@@ -142,41 +144,80 @@ def run_all(cells: list, jobs: int, gpus: list[str]) -> None:
         raise UserError(f"jobs={jobs}: this machine has {len(gpus)} GPUs, and a job takes at least one")
     share = len(gpus) // jobs
     free = [gpus[i * share : (i + 1) * share] for i in range(jobs)]
-    waiting, running = groups(cells), list[tuple[SpawnProcess, list[str]]]()
+    waiting, running, reasons = groups(cells), list[_Job](), dict[str, str]()
     try:
         while waiting or running:
             while waiting and free:
-                taken, configs = free.pop(), [cell.config for cell in waiting.pop(0)]
-                process = get_context("spawn").Process(target=_run, args=(configs, taken))
-                process.start()
-                running.append((process, taken))
-            wait([process.sentinel for process, _ in running])
-            for job in [job for job in running if not job[0].is_alive()]:
+                running.append(_Job(waiting.pop(0), free.pop()))
+            wait([job.process.sentinel for job in running])
+            for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
-                free.append(job[1])
+                free.append(job.gpus)
+                reasons |= job.reasons()
+                if rest := job.untouched():
+                    waiting.insert(0, rest)
     finally:  # stopped: the runs write a checkpoint, and the same command goes on
-        for process, _ in running:
-            process.terminate()
-        for process, _ in running:
-            process.join()
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.join()
+    return reasons
 
 
-def _run(configs: list[dict], gpus: list[str]) -> None:
+class _Job:
+    """A process that runs `cells` one after the other and tells how each ended."""
+
+    def __init__(self, cells: list, gpus: list[str]):
+        self.cells, self.gpus = cells, gpus
+        context = get_context("spawn")
+        self._reader, writer = context.Pipe(duplex=False)
+        self.process = context.Process(target=_run, args=([cell.config for cell in cells], gpus, writer))
+        self.process.start()
+        writer.close()
+        self._ends: list[str] = []
+
+    def reasons(self) -> dict[str, str]:
+        """Why runs of the ended process failed, by name."""
+        while self._reader.poll():
+            try:
+                self._ends.append(self._reader.recv())
+            except EOFError:
+                break
+        if self._killed() and len(self._ends) < len(self.cells):
+            self._ends.append(f"killed by {signal.Signals(-self.process.exitcode).name}")  # type: ignore[operator]
+        return {cell.name: end for cell, end in zip(self.cells, self._ends, strict=False) if end}
+
+    def untouched(self) -> list:
+        """The cells behind the one that the process was killed in, e.g. for want of memory."""
+        return self.cells[len(self._ends) :] if self._killed() else []
+
+    def _killed(self) -> bool:
+        return (self.process.exitcode or 0) < 0
+
+
+def _run(configs: list[dict], gpus: list[str], ends: Connection) -> None:
     """A failure is told and ends one run, not the others."""
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # before anything imports torch
+    from r2.dist import end_with_parent
     from r2.run import start
 
+    end_with_parent()
     for config in configs:
+        end = ""
         try:
             start(config)
         except UserError as error:
+            end = str(error)
             print(f"r2: {error}", file=sys.stderr, flush=True)
         except SystemExit as stop:
             if stop.code and int(stop.code) >= 128:  # a signal: the whole group stops
                 raise
-        except Exception:
+            end = "see above"
+        except Exception as error:
+            end = f"{type(error).__name__}, see above"
             traceback.print_exc()
+        ends.send(end)
 
 
 def collect(cells: Iterable, records: Path) -> None:

@@ -145,7 +145,6 @@ def digest(state: dict[str, Tensor]) -> str:
 def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
     """Hold `directory` for all ranks; waits for another process, naming it. The system frees a dead holder's lock."""
     handle = FileLock(directory / ".lock")
-    owner = directory / ".owner"
     waiting = False
     while True:
         taken = False
@@ -157,16 +156,21 @@ def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
             except Timeout:
                 if not waiting:
                     say(f"waiting for {_owner(directory)}, which is working on {directory}")
+            except OSError as error:
+                raise UserError(f"cannot lock {directory} ({error.strerror}); choose another with out=DIR") from None
         if world.broadcast(taken):
             break
         waiting = True
     try:
         if world.main:
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            remove(*directory.glob(".*.part"))  # of a run that was killed
+            with contextlib.suppress(OSError):  # a full disk is told when something is lost by it
+                _owner_file(directory).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         if world.main:
-            owner.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _owner_file(directory).unlink()
             handle.release()
 
 
@@ -183,8 +187,14 @@ def holder(directory: Path) -> str | None:
 
 
 def _owner(directory: Path) -> str:
-    owner = directory / ".owner"
-    return owner.read_text().strip() if owner.exists() else "another process"
+    try:
+        return _owner_file(directory).read_text().strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+def _owner_file(directory: Path) -> Path:
+    return directory / ".owner"
 
 
 @dataclass

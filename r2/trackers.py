@@ -1,6 +1,7 @@
-"""Where curves go besides curve.csv. A tracker has `log(row)` and `close()`, and can never end a run."""
+"""Where curves go besides curve.csv. A tracker has `log(row)` and `close()`, and can neither end nor hold up a run."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 from r2.config import Positive
 from r2.console import say
 
+PATIENCE = 30.0  # seconds for one call of a backend
+
 
 class Tracker:
-    """Calls a backend until it fails, then says so once and stays silent.
+    """Calls a backend until it fails or does not answer, then says so once and stays silent.
 
     Args:
         start: opens the backend and returns its (log, close) functions.
@@ -20,10 +23,8 @@ class Tracker:
         self.name, self._log, self._close = name, None, None
         if start is None:
             return
-        try:
-            self._log, self._close = start()
-        except Exception as error:
-            self._failed(error)
+        if (opened := self._call(start)) is not None:
+            self._log, self._close = opened
 
     def log(self, row: dict) -> None:
         self._call(self._log, row)
@@ -31,13 +32,25 @@ class Tracker:
     def close(self) -> None:
         self._call(self._close)
 
-    def _call(self, function: Callable | None, *args: Any) -> None:
+    def _call(self, function: Callable | None, *args: Any) -> Any:
         if function is None:
-            return
-        try:
-            function(*args)
-        except Exception as error:
-            self._failed(error)
+            return None
+        results: list = []
+        errors: list[Exception] = []
+
+        def call() -> None:
+            try:
+                results.append(function(*args))
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=call, daemon=True)  # one that hangs does not outlive the run
+        thread.start()
+        thread.join(PATIENCE)
+        if results:
+            return results[0]
+        self._failed(errors[0] if errors else TimeoutError(f"no answer for {PATIENCE:g} s"))
+        return None
 
     def _failed(self, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -63,7 +76,7 @@ def wandb(
         import wandb as wb
 
         def init(**mode: Any) -> Any:
-            settings = wb.Settings(init_timeout=init_timeout_seconds, console="off")
+            settings = wb.Settings(init_timeout=init_timeout_seconds, finish_timeout=PATIENCE / 2, console="off")
             return wb.init(
                 project=project, entity=entity, dir=str(directory), name=directory.name, id=directory.name[-8:],
                 resume="allow", config=config, settings=settings, reinit="finish_previous", **mode,
@@ -75,6 +88,7 @@ def wandb(
             if os.environ.get("WANDB_MODE") == "offline":
                 raise
             say(f"wandb cannot be reached ({str(error).splitlines()[0]}); going on offline")
+            wb.teardown()  # forgets the run that could not start, whose name would be taken
             run = init(mode="offline")
         return lambda row: run.log(row), run.finish
 

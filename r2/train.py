@@ -66,6 +66,7 @@ def train(
 
     Raises:
         UserError: the loss is not finite; names the step, the learning rate and the layer with the largest gradient.
+            Weights that are not finite are refused before they reach a checkpoint.
         SystemExit: stopped by a signal, after writing a checkpoint.
     """
     world, device = run.world, run.world.device
@@ -101,7 +102,10 @@ def train(
         nonlocal saved
         position.seconds, position.sums = before + time.monotonic() - began, sums.cpu()
         position.timing.note_memory(device)
-        run.save_state(phase, made_with=made_with, **_state(position, model, optimizers, scaler, regularizer))
+        state = _state(position, model, optimizers, scaler, regularizer)
+        if world.main:
+            _check_weights(state["model"], phase)
+        run.save_state(phase, made_with=made_with, **state)
         saved = time.monotonic()
         position.timing.begin()
 
@@ -253,6 +257,15 @@ def _check_finite(losses: list[Tensor], step: int, lr: float, model: nn.Module, 
         f"{phase}: the loss is not finite at step {first} (lr {lr:.3g}); the largest gradient is in {worst} "
         f"({norms.get(worst, 0):.3g}). Lower recipe.lr, or set recipe.clip_norm; the last checkpoint is kept"
     )
+
+
+def _check_weights(state: dict[str, Tensor], phase: str) -> None:
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{phase}: {name} is not finite any more. Lower recipe.lr, or set recipe.clip_norm; "
+                "the last checkpoint is kept"
+            )
 
 
 def _any_stop(stop: _Stop, world: World) -> bool:

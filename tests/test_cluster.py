@@ -22,6 +22,8 @@ from torch import nn
 from torchvision.io import write_jpeg
 
 from r2 import cli
+from r2.config import UserError
+from r2.data import images
 from r2.data.folder import Folder
 from r2.dist import STOP_SIGNALS, World, stop_handlers, stopped
 from r2.store import digest
@@ -61,13 +63,31 @@ def test_a_stop_is_told_to_the_handler_of_before():
     assert signal.getsignal(signal.SIGUSR2) == outer[signal.SIGUSR2]
 
 
-def test_data_workers_leave_signals_to_the_main_process(tmp_path):
+def small_folder(tmp_path):
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)
         for i in range(8):
             write_jpeg(torch.full((3, 40, 40), 16 * i, dtype=torch.uint8), str(tmp_path / name / f"{i}.jpg"))
     words = {"workers": 1, "on_bad_image": "error", "calibration_images": 4}
-    data = Folder(str(tmp_path), num_classes=2, image_size=32, **words).to(World())
+    return Folder(str(tmp_path), num_classes=2, image_size=32, **words).to(World())
+
+
+def test_a_data_worker_that_hangs_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "STALL", 1.0)
+    data = small_folder(tmp_path)
+    batches = data.train(2, 0, 0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match="no images for 1 s, a data worker or its disk hangs"):
+        list(batches)  # some may lie ready
+        list(data.train(2, 0, 1))
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_data_workers_leave_signals_to_the_main_process(tmp_path):
+    data = small_folder(tmp_path)
     batches = data.train(2, 0, 0)
     next(batches)
     (worker,) = multiprocessing.active_children()

@@ -1,11 +1,14 @@
 import os
 import resource
+import signal
+import socket
 
 import pytest
 import torch
 
 from r2 import store
 from r2.config import UserError
+from r2.dist import World
 
 
 def checkpoint(tmp_path, value):
@@ -57,8 +60,6 @@ def test_disk_full_leaves_the_old_file(tmp_path):
     store.write(path, b"old")
     pid = os.fork()
     if pid == 0:
-        import signal
-
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
@@ -68,3 +69,84 @@ def test_disk_full_leaves_the_old_file(tmp_path):
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def in_a_fork(function, *args):
+    """The exit status of a call in a forked process."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            function(*args)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_kill_at_every_step_of_a_save_leaves_a_checkpoint(tmp_path, monkeypatch):
+    """SIGKILL after 0, 1, 2... of what a save does to the disk, with the file half written once."""
+    steps = 0
+
+    def killed_at(last):
+        left = [last]
+
+        def step(function):
+            def call(*args, **kwargs):
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return function(*args, **kwargs)
+
+            return call
+
+        for name in ("link", "fsync", "replace", "unlink"):
+            monkeypatch.setattr(store.os, name, step(getattr(os, name)))
+        opened = open
+
+        def halves(path, mode):
+            file = opened(path, mode, buffering=0)
+            write = file.write
+            half = type("Half", (), {"__enter__": lambda _: half, "__exit__": lambda *_: file.close()})()
+            half.write = lambda data: (step(write)(data[: len(data) // 2]), step(write)(data[len(data) // 2 :]))
+            half.flush, half.fileno = file.flush, file.fileno
+            return half
+
+        monkeypatch.setattr(store, "open", halves, raising=False)
+        checkpoint(tmp_path, 3.0)
+
+    checkpoint(tmp_path, 1.0)
+    path = checkpoint(tmp_path, 2.0)
+    while (status := in_a_fork(killed_at, steps)) != 0:
+        assert status == -signal.SIGKILL
+        found = store.load_latest(path, pytest.fail)  # whole at first sight
+        assert found["x"][0] in (2, 3) and path.exists()
+        checkpoint(tmp_path, 2.0)
+        steps += 1
+    assert steps >= 6 and store.load(path)["x"][0] == 3
+
+
+def test_a_lock_is_waited_for_and_free_once_its_holder_is_killed(tmp_path):
+    def hold():
+        with store.lock(tmp_path, World(), print):
+            (tmp_path / ".model.pt.1.part").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    pid = os.fork()
+    if pid == 0:
+        hold()
+    os.waitpid(pid, os.WUNTRACED)
+    holder = f"process {pid} on {socket.gethostname()}"
+    assert store.holder(tmp_path) == holder
+    said = []
+
+    def say(text):
+        said.append(text)
+        os.kill(pid, signal.SIGKILL)
+
+    with store.lock(tmp_path, World(), say):
+        assert said == [f"waiting for {holder}, which is working on {tmp_path}"]
+        assert store._owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+        assert not list(tmp_path.glob("*.part"))
+    os.waitpid(pid, 0)
+    assert store.holder(tmp_path) is None and not (tmp_path / ".owner").exists()

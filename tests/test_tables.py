@@ -23,7 +23,7 @@ def record(
         "metrics": {"top1": top1, "images": images},
         "fp32": {"top1": fp32} if fp32 is not None else None,
         "choices": {"data": data, "recipe": data},
-        "config": {"recipe": {"epochs": 3, "finetune": {"epochs": 2}}},
+        "config": {"recipe": {"epochs": 3, "finetune": {"epochs": 2}}, "reg": {"weight": 0.01}},
         "command": f"python -m r2.run data={data} reg={reg} seed={seed} {command}",
     }
 

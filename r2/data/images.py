@@ -4,6 +4,7 @@ A worker writes pixels as uint8 into memory that it shares with the main process
 number of the place and the labels go through a queue. So a batch is copied once, and all workers serve it together.
 """
 
+import multiprocessing
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from r2.dist import World, ignore_stop_signals
 PIECE = 16  # images of one task of a worker
 AHEAD = 8  # pieces that each worker may be ahead of the main process
 MOST_BAD = 0.1  # of the images may be skipped
+STALL = 1800.0  # seconds without a piece after which a worker, or the disk, counts as hung
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 
 
@@ -91,7 +93,7 @@ class Images(Data):
             images = torch.empty(n, size, size, 3, device=self.world.device)
             labels = torch.empty(n, dtype=torch.int64)
             for at in range(0, n, PIECE):
-                done: _Done = next(pieces)
+                done: _Done = self._next(pieces)
                 end = at + len(done.labels)
                 self._normalise(self._decoder.places[done.place, : end - at], images[at:end])
                 labels[at:end] = torch.tensor(done.labels)
@@ -99,6 +101,25 @@ class Images(Data):
             if bool((labels == IGNORED).all()):
                 raise UserError(f"no image of a whole batch of {n} can be decoded; look at {done.bad[0][0]}")
             yield images.permute(0, 3, 1, 2), labels.to(self.world.device, non_blocking=True)
+
+    def close(self) -> None:
+        # Python would send them SIGTERM, which they leave to the main process, and wait for ever.
+        if self._loader is not None and self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
+        self._loader = None
+
+    def _next(self, pieces: Iterator[Any]) -> Any:
+        try:
+            return next(pieces)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            for worker in multiprocessing.active_children():
+                worker.kill()  # Python would wait for them when it leaves
+            raise UserError(
+                f"data: no images for {STALL:g} s, a data worker or its disk hangs; "
+                "the same command goes on from the last checkpoint"
+            ) from None
 
     def _started(self) -> Any:
         """The loader with its worker processes, which live as long as the data set."""
@@ -116,18 +137,12 @@ class Images(Data):
                 num_workers=self.workers,
                 prefetch_factor=AHEAD if self.workers else None,
                 persistent_workers=self.workers > 0,
+                timeout=STALL if self.workers else 0,
                 collate_fn=_as_it_is,
                 worker_init_fn=_started_worker,
                 generator=torch.Generator(),  # the model's random numbers stay as they are
             )
         return self._loader
-
-    def close(self) -> None:
-        # At its end Python would send SIGTERM to the workers, which they ignore, and wait for them for ever.
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
-        self._loader = None
 
     def _memory(self) -> Tensor:
         """A place for every piece under way: (places, PIECE, h, w, 3) uint8, shared with the workers."""

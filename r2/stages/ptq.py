@@ -8,9 +8,7 @@ python -m r2.run stage=adaround stage.iterations=10000
 import contextlib
 import copy
 import multiprocessing
-import os
 import pickle
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from r2 import console
 from r2.config import Bits, Count, Fraction, NonNegative, Positive, UserError
 from r2.data.batches import IGNORED, Data
+from r2.dist import end_with_parent
 from r2.quantizers.layers import check_weights, layer_bits, quantizable, signal_to_noise
 from r2.recipe import Recipe
 from r2.regularizers import Regularizer
@@ -257,14 +256,7 @@ def apart(function: Callable[..., dict], model: nn.Module, batches: list[Tensor]
 
 
 def _apart(payload: bytes) -> bytes:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()  # it ends with its parent
+    end_with_parent()
     function, model, batches, device, arguments = pickle.loads(payload)
     done = function(model.to(device), [x.to(device) for x in batches], *arguments)
     done["model"].cpu()
