@@ -102,19 +102,20 @@ def _word(value: Any) -> str:
 
 def _job(cfg: DictConfig) -> Any:
     context = HydraConfig.get()
+    words = " ".join(OmegaConf.to_container(context.overrides.task, resolve=False))  # type: ignore[arg-type]
     try:
         config = resolve(cfg, dict(context.runtime.choices))
         return importlib.import_module("r2.run").start(config)
     except (UserError, OmegaConfBaseException) as error:
         text = last_line(error) if isinstance(error, UserError) else one_line(error)
         print(f"r2: {text}", file=sys.stderr, flush=True)
-        _failures.append(f"{' '.join(context.overrides.task)} ({text})")
+        _failures.append(f"{words} ({text})")
         if context.mode == RunMode.RUN:
             raise SystemExit(2) from None
         raise JobRefused from error
     except Exception as error:
         traceback.print_exc()  # at once: a sweep would show it only at its end
-        _failures.append(f"{' '.join(context.overrides.task)} ({type(error).__name__}, see above)")
+        _failures.append(f"{words} ({type(error).__name__}, see above)")
         raise JobFailed from error
 
 

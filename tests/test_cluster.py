@@ -1,5 +1,6 @@
 """Launchers and clusters in small: SLURM's scripts, jobs that are preempted, and two nodes on the loopback."""
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -63,21 +64,29 @@ def test_a_stop_is_told_to_the_handler_of_before():
     assert signal.getsignal(signal.SIGUSR2) == outer[signal.SIGUSR2]
 
 
+@pytest.fixture
 def small_folder(tmp_path):
+    """A data set that is read by one worker, its first batches, and the worker."""
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)
         for i in range(8):
             write_jpeg(torch.full((3, 40, 40), 16 * i, dtype=torch.uint8), str(tmp_path / name / f"{i}.jpg"))
     words = {"workers": 1, "on_bad_image": "error", "calibration_images": 4}
-    return Folder(str(tmp_path), num_classes=2, image_size=32, **words).to(World())
+    others = multiprocessing.active_children()
+    with contextlib.closing(Folder(str(tmp_path), num_classes=2, image_size=32, **words).to(World())) as data:
+        batches = data.train(2, 0, 0)
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()).difference(others)
+        yield data, batches, worker
 
 
-def test_a_data_worker_that_hangs_ends_the_run(tmp_path, monkeypatch):
+@pytest.fixture
+def short_stall(monkeypatch):
     monkeypatch.setattr(images, "STALL", 1.0)
-    data = small_folder(tmp_path)
-    batches = data.train(2, 0, 0)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
+
+
+def test_a_data_worker_that_hangs_ends_the_run(short_stall, small_folder):
+    data, batches, worker = small_folder
     os.kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(UserError, match="no images for 1 s, a data worker or its disk hangs"):
         list(batches)  # some may lie ready
@@ -86,11 +95,8 @@ def test_a_data_worker_that_hangs_ends_the_run(tmp_path, monkeypatch):
     assert worker.exitcode == -signal.SIGKILL
 
 
-def test_data_workers_leave_signals_to_the_main_process(tmp_path):
-    data = small_folder(tmp_path)
-    batches = data.train(2, 0, 0)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
+def test_data_workers_leave_signals_to_the_main_process(small_folder):
+    _, batches, worker = small_folder
     for number in STOP_SIGNALS:
         os.kill(worker.pid, number)
     assert len(list(batches)) == 7 and worker.is_alive()
