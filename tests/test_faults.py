@@ -260,7 +260,7 @@ def without_wandb():
 @pytest.mark.slow
 def test_wandb_that_refuses_hangs_or_is_missing_changes_nothing(tmp_path, whole):
     def run(told, before=None, **env):
-        out = tmp_path / told
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
         out.mkdir()
         env = {"WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path), **env}
         process = Run(out / "log", f"out={out}", *TINY, *EWGS, "tracker=wandb", before=before, env=env)
@@ -322,7 +322,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     wait_for_checkpoint(tmp_path, process)
     workers = children(process.pid)
     process.kill()
-    process.wait()
+    process.communicate(timeout=60)  # they hold its output
     wait_for(lambda: not any(map(alive, workers)), 60)
     (directory,) = tmp_path.glob("pretrained/*")
     assert len(workers) >= 2 and store.holder(directory) is None
