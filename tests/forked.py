@@ -34,8 +34,8 @@ TINY = [*SMALL, "model=mbv1", "reg=margin", "data.train_images=64", "data.val_im
 EWGS = ["stage=ewgs", "stage.delta=hessian", "stage.hessian_batches=1", "stage.lr=0.001",
         "stage.hessian_probes=2"]  # fmt: skip
 DKM, ADAROUND = ["stage=dkm"], ["stage=adaround"]
-# Of a record: speed, place, checkout, and its own sum.
-OTHER = {"seconds", "images_per_second", "timing", "command", "config", "commit", "digest"}
+# Of a record: speed, how and where it was asked for (its name says what), checkout, and its own sum.
+OTHER = {"seconds", "images_per_second", "timing", "command", "choices", "config", "commit", "digest"}
 CLOCK_COLUMNS = {"images_per_second", "data_wait", "step_seconds_p50", "step_seconds_p95", "peak_memory_mib"}
 
 
