@@ -28,6 +28,7 @@ from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import compressed
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
+from r2.train import best
 
 OPSET = 21  # the first that has 4-bit integers
 
@@ -112,7 +113,7 @@ def check(model: nn.Module, path: Path | str, data: Data, world: World) -> dict[
         ours = model(images).cpu()
         theirs = torch.from_numpy(session.run(None, {"images": images.cpu().contiguous().numpy()})[0])
         labels = labels.cpu()
-        predictions, others, known = ours.argmax(1), theirs.argmax(1), labels != IGNORED
+        predictions, others, known = best(ours)[:, 0], best(theirs)[:, 0], labels != IGNORED
         counts = [known, known & (predictions == labels), known & (others == labels), known & (predictions == others)]
         sums += torch.stack(counts).sum(1)
         largest = max(largest, (ours - theirs).abs().max().item())

@@ -80,8 +80,8 @@ def weight_rows(records: list[dict]) -> list[list]:
             if weight is not None and metrics is not None and done in WEIGHT_COLUMNS:
                 panel = [WEIGHT_COLUMNS.index(done), done.label]
                 rows[model, reg, weight, seed, done] = [model, panel, weight, f"{weight:g}", reg, seed, metrics["top1"]]
-    tried = Counter((model, reg) for model, reg, _ in {key[:3] for key in rows})
-    return sorted(row for key, row in rows.items() if tried[key[:2]] > 1)
+    tried = Counter((model, reg, done) for model, reg, _, done in {(*key[:3], key[4]) for key in rows})
+    return sorted(row for key, row in rows.items() if tried[*key[:2], key[4]] > 1)
 
 
 def accuracy_weight(rows: list[list]) -> tuple[Figure, str]:

@@ -384,6 +384,11 @@ def _running(
 
 
 @torch.no_grad()
+def best(logits: Tensor) -> Tensor:
+    """The five best classes (n, 5), as torch.topk orders them: logits of 8 bits are often equal."""
+    return logits.topk(min(5, logits.shape[1]), 1).indices
+
+
 def evaluate(model: nn.Module, data: Data, world: World, recipe: Recipe) -> dict[str, float]:
     """Top-1 and top-5 in percent, and mean cross-entropy, over the validation images, each counted once."""
     world.broadcast_buffers(model)
@@ -394,7 +399,7 @@ def evaluate(model: nn.Module, data: Data, world: World, recipe: Recipe) -> dict
         with autocast():
             logits = model(inputs)
         logits, keep = logits.float(), labels != IGNORED
-        top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        top = best(logits) == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         sums += torch.stack([loss, top[:, 0].sum(), top.sum(), keep.sum()])
     loss, top1, top5, count = world.all_reduce(sums).tolist()
