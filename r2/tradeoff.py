@@ -79,9 +79,9 @@ def weight_rows(records: list[dict]) -> list[list]:
         for done, metrics in ((column(record), record["metrics"]), (FP32, record["fp32"] if scalar else None)):
             if weight is not None and metrics is not None and done in WEIGHT_COLUMNS:
                 panel = [WEIGHT_COLUMNS.index(done), done.label]
-                rows[model, reg, weight, seed, done] = [model, panel, weight, f"{weight:g}", reg, seed, metrics["top1"]]
-    tried = Counter((model, reg, done) for model, reg, _, done in {(*key[:3], key[4]) for key in rows})
-    return sorted(row for key, row in rows.items() if tried[*key[:2], key[4]] > 1)
+                rows[model, reg, done, weight, seed] = [model, panel, weight, f"{weight:g}", reg, seed, metrics["top1"]]
+    tried = Counter(key[:3] for key in {key[:4] for key in rows})
+    return sorted(row for key, row in rows.items() if tried[key[:3]] > 1)
 
 
 def accuracy_weight(rows: list[list]) -> tuple[Figure, str]:
