@@ -7,6 +7,7 @@ number of the place and the labels go through a queue. So a batch is copied once
 import multiprocessing
 import re
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -114,8 +115,7 @@ class Images(Data):
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-            for worker in multiprocessing.active_children():
-                worker.kill()  # Python would wait for them when it leaves
+            _kill(multiprocessing.active_children())  # Python would wait for them when it leaves
             raise UserError(
                 f"data: no images for {STALL:g} s, a data worker or its disk hangs; "
                 "the same command goes on from the last checkpoint"
@@ -178,6 +178,15 @@ class Images(Data):
                 f"{len(self._told)} images cannot be decoded, more than {MOST_BAD:.0%} of all, at last {bad[-1][0]}; "
                 "look at the data folder"
             )
+
+
+def _kill(workers: list[Any]) -> None:
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise at their end
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 class _Task(NamedTuple):
