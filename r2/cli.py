@@ -102,7 +102,7 @@ def _word(value: Any) -> str:
 
 def _job(cfg: DictConfig) -> Any:
     context = HydraConfig.get()
-    words = " ".join(OmegaConf.to_container(context.overrides.task, resolve=False))  # type: ignore[arg-type]
+    words = " ".join(map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ()))
     try:
         config = resolve(cfg, dict(context.runtime.choices))
         return importlib.import_module("r2.run").start(config)

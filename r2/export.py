@@ -299,7 +299,7 @@ def _export_run(run: Path, path: Path) -> None:
     model = pack.load(run / "model.safetensors")
     found = record.read(run / "record.json")
     packed = found["sha256"].get("packed")  # the oldest records have none
-    if packed not in (None, record.sha256_of(run / "model.safetensors")):
+    if packed not in (None, store.sha256_of(run / "model.safetensors")):
         raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
     world = World()
     with contextlib.closing(build(found["config"]["data"]).to(world)) as data:

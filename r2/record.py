@@ -165,7 +165,7 @@ def make(
     """Gather a run's record; `result` is what its stage returned."""
     from r2.pack import size
     from r2.regularizers import describe
-    from r2.store import digest
+    from r2.store import digest, sha256_of
 
     packed = directory / "model.safetensors"
     found = finite(
@@ -217,7 +217,3 @@ def _digest(found: dict) -> str:
     """sha256 of a record without its own; a change by hand, or a merge, shows."""
     text = json.dumps({key: value for key, value in found.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -74,6 +74,11 @@ def page(records: list[dict], folder: Path) -> str:
         })  # fmt: skip
     main = max(studies, key=lambda study: (study["protocol"].full, study["count"]))
     studies.sort(key=lambda study: (study is not main, -study["count"]))
+    shown: set[str] = set()
+    for table in (table for study in studies for table in study["tables"]):
+        if table["heading"] in shown:
+            table["paper"] = []  # it stands beside the first study that has the table
+        shown.add(table["heading"])
     return environment.get_template("report.html").render(
         studies=studies,
         figures=[(data, list(_figures(folder / data / "figures"))) for data in _data(records)],

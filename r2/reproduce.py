@@ -183,16 +183,17 @@ class _Job:
                 self._ends.append(self._reader.recv())
             except EOFError:
                 break
-        if self._killed() and len(self._ends) < len(self.cells):
-            self._ends.append(f"killed by {signal.Signals(-self.process.exitcode).name}")  # type: ignore[operator]
+        if self._killed_by() and len(self._ends) < len(self.cells):
+            self._ends.append(f"killed by {signal.Signals(self._killed_by()).name}")
         return {cell.name: end for cell, end in zip(self.cells, self._ends, strict=False) if end}
 
     def untouched(self) -> list:
         """The cells behind the one that the process was killed in, e.g. for want of memory."""
-        return self.cells[len(self._ends) :] if self._killed() else []
+        return self.cells[len(self._ends) :] if self._killed_by() else []
 
-    def _killed(self) -> bool:
-        return (self.process.exitcode or 0) < 0
+    def _killed_by(self) -> int:
+        """The signal's number; 0 if the process left by itself."""
+        return max(0, -(self.process.exitcode or 0))
 
 
 def _run(configs: list[dict], gpus: list[str], ends: Connection) -> None:

@@ -141,6 +141,15 @@ def digest(state: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
 @contextlib.contextmanager
 def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
     """Hold `directory` for all ranks; waits for another process, naming it. The system frees a dead holder's lock."""

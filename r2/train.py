@@ -5,7 +5,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from r2 import resume
 from r2.config import UserError
 from r2.console import Phase
 from r2.data.batches import IGNORED, Data, Inputs, chunk, mix
@@ -77,12 +77,12 @@ def train(
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16" and device.type == "cuda")
-    position, made_with = _Position(), _made_with(data, world)
+    position, made_with = resume.Position(), resume.made_with(data, world)
     state = run.resume(phase)
     if state is not None:
-        _compare(made_with, state.get("made_with", {}), run, phase)
+        resume.compare(made_with, state.get("made_with", {}), run, phase)
         try:
-            position = _restore(state, model, optimizers, scaler, regularizer, device)
+            position = resume.restore(state, model, optimizers, scaler, regularizer)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0][:100]
             raise UserError(
@@ -102,9 +102,9 @@ def train(
         nonlocal saved
         position.seconds, position.sums = before + time.monotonic() - began, sums.cpu()
         position.timing.note_memory(device)
-        state = _state(position, model, optimizers, scaler, regularizer)
+        state = resume.state_of(position, model, optimizers, scaler, regularizer)
         if world.main:
-            _check_weights(state["model"], phase)
+            resume.check_weights(state["model"], phase)
         run.save_state(phase, made_with=made_with, **state)
         saved = time.monotonic()
         position.timing.begin()
@@ -183,18 +183,6 @@ def _freeze_batchnorm(model: nn.Module) -> None:
             module.eval()
 
 
-@dataclass
-class _Position:
-    """How far a phase is: next step, and sums over the epoch (loss, correct, images, penalty)."""
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
-    rows: list[dict] = field(default_factory=list)
-    timing: Timing = field(default_factory=Timing)
-
-
 def check_batch(recipe: Recipe, world: World, phase: str) -> None:
     """
     Raises:
@@ -259,15 +247,6 @@ def _check_finite(losses: list[Tensor], step: int, lr: float, model: nn.Module, 
     )
 
 
-def _check_weights(state: dict[str, Tensor], phase: str) -> None:
-    for name, value in state.items():
-        if not torch.isfinite(value).all():
-            raise UserError(
-                f"{phase}: {name} is not finite any more. Lower recipe.lr, or set recipe.clip_norm; "
-                "the last checkpoint is kept"
-            )
-
-
 def _any_stop(stop: _Stop, world: World) -> bool:
     if world.size == 1:
         return bool(stop.signal)
@@ -281,63 +260,9 @@ def _interrupted(run: Run, phase: str, stop: _Stop) -> SystemExit:
     return stopped(stop.signal, stop.handlers)
 
 
-def _made_with(data: Data, world: World) -> dict[str, str]:
-    """What a phase has to be resumed with, and after it what it had better be resumed with."""
-    return {"data": data.fingerprint(), "torch": str(torch.__version__), "processes": str(world.size)}
-
-
-def _compare(now: dict[str, str], before: dict[str, str], run: Run, phase: str) -> None:
-    """
-    Raises:
-        UserError: the data are not those of the checkpoint: the order of an epoch would be another one.
-    """
-    changed = {name: value for name, value in before.items() if value != now[name]}
-    if "data" in changed:
-        raise UserError(
-            f"{run.checkpoint(phase)}: was made with other data ({before['data']}; now {now['data']}); "
-            "put them back, or delete it to start again"
-        )
-    for name, value in changed.items():
-        run.say(f"{phase}: begun with {name} {value}, goes on with {now[name]}; equal up to rounding")
-
-
-def _state(
-    position: _Position,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    scaler: torch.amp.GradScaler,
-    regularizer: Regularizer | None,
-) -> dict:
-    return {
-        "position": asdict(position),
-        "model": model.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-        "scaler": scaler.state_dict(),
-        "regularizer": regularizer.state_dict() if regularizer is not None else None,
-    }
-
-
-def _restore(
-    state: dict,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    scaler: torch.amp.GradScaler,
-    regularizer: Regularizer | None,
-    device: torch.device,
-) -> _Position:
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    scaler.load_state_dict(state["scaler"])
-    if regularizer is not None:
-        regularizer.load_state_dict(state["regularizer"])
-    saved = state["position"]
-    return _Position(**{**saved, "timing": Timing(**saved.get("timing", {}))})  # an older version saved none
-
-
 def _epoch_row(
     phase: str,
-    position: _Position,
+    position: resume.Position,
     sums: Tensor,
     world: World,
     data: Data,
@@ -372,7 +297,7 @@ def _line(row: dict, epochs: int) -> str:
 
 
 def _running(
-    sums: Tensor, position: _Position, recipe: Recipe, lr: float, steps: int, began: float, before: float
+    sums: Tensor, position: resume.Position, recipe: Recipe, lr: float, steps: int, began: float, before: float
 ) -> str:
     loss, correct, count, _ = sums.tolist()
     done = (position.epoch * steps + position.step) * recipe.batch_size

@@ -78,7 +78,7 @@ def write_shard(job: Job) -> dict:
             index = write_tar(job, file)
             file.flush()
             os.fsync(file.fileno())
-        index |= {"key": wanted, "bytes": part.stat().st_size, "sha256": sha256(part)}
+        index |= {"key": wanted, "bytes": part.stat().st_size, "sha256": store.sha256_of(part)}
         os.replace(part, job.path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -158,14 +158,6 @@ def encode(picture: Image.Image, split: str) -> bytes:
     return out.getvalue()
 
 
-def sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
 def prepare(arguments: argparse.Namespace, parallel: Map) -> None:
     source, out, per_shard = arguments.source, arguments.out, arguments.per_shard
     if all((source / split).is_dir() for split in ("train", "val")):
@@ -213,7 +205,7 @@ def check(out: Path, parallel: Map) -> None:
 
 
 def sum_and_count(path: Path) -> tuple[str, int]:
-    return (sha256(path), len(read_index(path)["labels"])) if path.exists() else ("", 0)
+    return (store.sha256_of(path), len(read_index(path)["labels"])) if path.exists() else ("", 0)
 
 
 def main() -> None:

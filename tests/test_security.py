@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 from test_shards import SHAPE, folder, official, prepare, shards, tar_of  # noqa: F401
 
 from r2 import cli, pack, store
@@ -30,10 +29,7 @@ def composed(*overrides):
     """The checked config of a command line."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        cfg = compose("config", list(overrides), return_hydra_config=True)
-        choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
-        names = [name for name in cfg if name != "hydra"]
-        return cli.resolve(OmegaConf.masked_copy(cfg, names), choices)
+        return cli.composed(overrides)
 
 
 class Bomb:

@@ -56,7 +56,7 @@ def check_weights(layers: Mapping[str, nn.Module]) -> None:
         UserError: a weight is not finite; every method would make something of it.
     """
     for name, layer in layers.items():
-        if not torch.isfinite(layer.weight).all():  # type: ignore[arg-type]
+        if not torch.isfinite(layer.get_parameter("weight")).all():
             raise UserError(f"{name}: its weight is not finite and cannot be quantized; train with a lower recipe.lr")
 
 
