@@ -1,125 +1,38 @@
-"""The command line: Hydra composes, `check` refuses, every mistake is one line. Imports no torch."""
+"""The command line: starts what it is handed under Hydra; every mistake is one line. Imports no torch."""
 
-import difflib
-import functools
-import importlib
-import itertools
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from r2.config import GROUPS, UserError, build, check, check_targets, last_line, unknown_key
-
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
-_here = Path(__file__).parent
-CONFIGS = str(_here / "configs" if (_here / "configs").is_dir() else _here.parent / "configs")
+from r2.compose import COMPOSE_ERRORS, check_sweep, one_line, resolve, sweep_words
+from r2.config import UserError, last_line
+from r2.paths import CONFIGS
 
 
-def by_model(table: DictConfig, *, _root_: DictConfig) -> Any:
-    """The entry of `table` for the model in use: what the paper sets per model."""
-    name = str(_root_.model._target_).rsplit(".", 1)[1]
-    if name not in table:
-        raise UserError(
-            f"this recipe has no value for {name}; choose the model's data or recipe, or set recipe.lr and "
-            "recipe.weight_decay"
-        )
-    return table[name]
+def refuse(error: BaseException) -> str:
+    """Print a user's mistake as one line and return it."""
+    text = one_line(error) if isinstance(error, COMPOSE_ERRORS) else last_line(error)
+    print(f"r2: {text}", file=sys.stderr, flush=True)
+    return text
 
 
-def from_environment(name: str, default: Any = None) -> Any:
-    """OmegaConf's oc.env for the one variable that configs read, so that no config carries a secret into a record."""
-    if name != "R2_DATA":
-        raise UserError(f"only R2_DATA is read from the environment; let the shell insert ${name}")
-    return os.environ.get(name, default)
-
-
-OmegaConf.register_new_resolver("by_model", by_model, replace=True)
-OmegaConf.register_new_resolver("oc.env", from_environment, replace=True)
-
-
-def resolve(cfg: DictConfig, choices: dict) -> dict:
-    """The composed config as a plain, checked dict; nothing below sees OmegaConf."""
-    check_targets({group: cfg[group].get("_target_") for group in GROUPS})  # before an interpolation trips over one
-    config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    config.pop("experiment", None)
-    config["choices"] = {group: choices.get(group) for group in GROUPS}
-    check(config)
-    config["overrides"] = _overrides(cfg, choices)
-    return config
-
-
-def _overrides(cfg: DictConfig, choices: dict) -> list[str]:
-    """The fewest overrides that compose the same run, however this one was composed."""
-    chosen = [f"{group}={choices[group]}" for group in ("data", "model", "reg", "recipe", "stage")]
-    plain = _compose(*chosen)
-    changed = []
-    for group in ("data", "model", "reg", "recipe", "stage"):
-        theirs, ours = (OmegaConf.to_container(c[group], resolve=False) for c in (plain, cfg))
-        solved = OmegaConf.to_container(cfg[group], resolve=True)
-        changed += _differences(theirs, ours, solved, f"{group}.")  # type: ignore[arg-type]
-    rest = [f"{key}={cfg[key]}" for key in ("seed", "threads") if key == "seed" or cfg[key] != "auto"]
-    return [word for word in chosen if word != f"recipe={choices['data']}"] + changed + rest
-
-
-@functools.cache
-def _compose(*overrides: str) -> DictConfig:
-    return hydra.compose("config", list(overrides))
-
-
-def _differences(plain: dict, cfg: dict, solved: dict, prefix: str) -> list[str]:
-    found = []
-    for key, value in cfg.items():
-        if isinstance(value, dict) and isinstance(plain.get(key), dict):
-            found += _differences(plain[key], value, solved[key], f"{prefix}{key}.")
-        elif key not in plain or value != plain[key]:
-            found.append(f"{prefix}{key}={_word(solved[key])}")
-    return found
-
-
-def _word(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_word(v)}" for key, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_word(v) for v in value) + "]"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(value)
-
-
-def _job(cfg: DictConfig) -> Any:
-    context = HydraConfig.get()
-    words = " ".join(map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ()))
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """A user's mistake inside ends the program with its line and status 2."""
     try:
-        config = resolve(cfg, dict(context.runtime.choices))
-        return importlib.import_module("r2.run").start(config)
-    except (UserError, OmegaConfBaseException) as error:
-        text = last_line(error) if isinstance(error, UserError) else one_line(error)
-        print(f"r2: {text}", file=sys.stderr, flush=True)
-        _failures.append(f"{words} ({text})")
-        if context.mode == RunMode.RUN:
-            raise SystemExit(2) from None
-        raise JobRefused from error
-    except Exception as error:
-        traceback.print_exc()  # at once: a sweep would show it only at its end
-        _failures.append(f"{words} ({type(error).__name__}, see above)")
-        raise JobFailed from error
-
-
-_failures: list[str] = []  # of the jobs of a sweep that ran in this process
+        yield
+    except (UserError, *COMPOSE_ERRORS) as error:
+        refuse(error)
+        raise SystemExit(2) from None
 
 
 class JobRefused(Exception):
@@ -130,106 +43,55 @@ class JobFailed(Exception):
     """A job has failed and said why."""
 
 
-def main(program: str) -> None:
-    """Run under Hydra; exits with 2 on a user's mistake, 1 on a failure, 143 when stopped but resumable."""
+def main(start: Callable[[dict], Any]) -> None:
+    """Compose what `start` is called with, under Hydra: one run, or the jobs of a sweep.
+
+    Exits with 2 on a user's mistake, 1 on a failure, 128 + the signal when stopped but resumable.
+
+    Args:
+        start: of a module that other processes can import.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach this function
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
+    failures: list[str] = []  # of the jobs that ran in this process
+
+    def job(cfg: DictConfig) -> Any:
+        context = HydraConfig.get()
+        words = " ".join(map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ()))
+        try:
+            return start(resolve(cfg, dict(context.runtime.choices)))
+        except (UserError, OmegaConfBaseException) as error:
+            failures.append(f"{words} ({refuse(error)})")
+            if context.mode == RunMode.RUN:
+                raise SystemExit(2) from None
+            raise JobRefused from error
+        except Exception as error:
+            traceback.print_exc()  # at once: a sweep would show it only at its end
+            failures.append(f"{words} ({type(error).__name__}, see above)")
+            raise JobFailed from error
+
     if sweep:  # Hydra knows the flag only in front of the keys
         sys.argv[1:] = ["-m", *sweep_words([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])]
-    if any("_target_" in word and word.lstrip("+").startswith("hydra") for word in sys.argv[1:]):
-        print("r2: hydra's own _target_ is not the command line's to change", file=sys.stderr)
-        raise SystemExit(2)
-    try:
-        if sweep and not any(argument.startswith("--") for argument in sys.argv[1:]):  # --help, --cfg, ...
-            check_sweep(sys.argv[2:])
-        hydra.main(config_path=CONFIGS, config_name="config", version_base="1.3")(_job)()
-    except JobRefused:
-        _tell_failures(sweep)
-        raise SystemExit(2) from None
-    except UserError as error:
-        print(f"r2: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (*COMPOSE_ERRORS, ValueError) as error:  # the job's own errors do not come here
-        print(f"r2: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:  # Hydra makes the folder of a sweep before its first job
-        print(
-            f"r2: out: cannot write to {error.filename} ({error.strerror}); choose another with out=DIR",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
-    except JobFailed:
-        _tell_failures(sweep)
-        raise SystemExit(1) from None
+    with refusals():
+        if any("_target_" in word and word.lstrip("+").startswith("hydra") for word in sys.argv[1:]):
+            raise UserError("hydra's own _target_ is not the command line's to change")
+        try:
+            if sweep and not any(argument.startswith("--") for argument in sys.argv[1:]):  # --help, --cfg, ...
+                check_sweep(sys.argv[2:])
+            hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(job)()
+        except (JobRefused, JobFailed) as end:
+            _tell(failures if sweep else [])
+            raise SystemExit(2 if isinstance(end, JobRefused) else 1) from None
+        except ValueError as error:  # Hydra's own; the job's do not come here
+            raise UserError(one_line(error)) from None
+        except OSError as error:  # Hydra makes the folder of a sweep before its first job
+            raise UserError(
+                f"out: cannot write to {error.filename} ({error.strerror}); choose another with out=DIR"
+            ) from None
 
 
-def _tell_failures(sweep: bool) -> None:
-    if sweep:
-        for failure in _failures:
-            print(f"r2: failed: {failure}", file=sys.stderr)
+def _tell(failures: list[str]) -> None:
+    for failure in failures:
+        print(f"r2: failed: {failure}", file=sys.stderr)
+    if failures:
         print("r2: a job of the sweep failed, see above; the same command runs what is missing", file=sys.stderr)
-
-
-def sweep_words(words: list[str]) -> list[str]:
-    """A fixed key of a swept group as an axis of one value.
-
-    Hydra checks fixed keys once, without the sweep: it would look for stage.batches of `stage=dfq,adaround` in fp32.
-    """
-    swept = {key for key, _, value in (word.partition("=") for word in words) if "," in value and key in GROUPS}
-    pairs = [(word, *word.partition("=")[::2]) for word in words]
-    return [
-        f"{key}=choice({value})" if key.partition(".")[0] in swept - {key} and value and "," not in value else word
-        for word, key, value in pairs
-    ]
-
-
-def check_sweep(words: list[str]) -> None:
-    """Compose and check every job of a sweep, before the first one starts.
-
-    Raises:
-        UserError: a value that a job does not take.
-    """
-    parsed = OverridesParser.create().parse_override
-    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-        fixed = [word for word in words if not parsed(word).is_sweep_override()]
-        experiment = hydra.compose("config", fixed, return_hydra_config=True).hydra.sweeper.params or {}
-        axes = {}
-        for word in [*(f"{key}={value}" for key, value in experiment.items()), *words]:
-            axis = parsed(word)
-            if isinstance(axis.value(), Glob):
-                return  # Hydra's sweeper alone knows its options: each job is checked when its turn comes
-            key, swept = axis.get_key_element(), axis.is_sweep_override()
-            axes[key] = [f"{key}={value}" for value in axis.sweep_string_iterator()] if swept else [word]
-        for job in itertools.product(*axes.values()):
-            build(composed(job)["stage"])
-
-
-def composed(overrides: Iterable[str]) -> dict:
-    """The checked config of one run; inside an initialized Hydra."""
-    cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
-    choices = dict(cfg.hydra.runtime.choices)
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return resolve(cfg, choices)
-
-
-def one_line(error: BaseException) -> str:
-    """Hydra's message with the options, without its hints about stack traces."""
-    cause = error.__cause__
-    if cause is not None and getattr(cause, "parent_node", None) is not None:
-        parent, prefix = cause.parent_node, str(cause.full_key).rpartition(".")[0]  # type: ignore[attr-defined]
-        options = [f"{prefix}.{key}" if prefix else str(key) for key in parent if key not in ("hydra", "_target_")]
-        return unknown_key(str(cause.full_key), options)  # type: ignore[attr-defined]
-    text = str(error)
-    if "Available options in" in text:
-        head, _, rest = text.partition("Available options in")
-        group, _, names = rest.partition(":")
-        options = names.split("Config search path")[0].split()
-        wanted = head.strip().rsplit("/", 1)[-1].strip("'")
-        if wanted.startswith("submitit_"):
-            return "hydra/launcher: Hydra's submitit launcher is not installed; pip install 'r2[cluster]'"
-        close = difflib.get_close_matches(wanted, options, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown {group.strip().strip(chr(39))} {wanted!r}: {hint}choose from {', '.join(options)}"
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
-    return "; ".join(lines[:3])

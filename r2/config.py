@@ -1,4 +1,4 @@
-"""The config: names of its types, the check of every key before any work, `build`, and what identifies a run.
+"""The config: names of its types, the check of every key before any work, and `build`.
 
 Nothing here imports torch: `--help`, `--cfg job` and a config error answer at once. A config node holds the
 keyword arguments of the callable it names in `_target_`, so that callable's signature *is* the schema. It is
@@ -8,9 +8,7 @@ read from the source text, without importing the module.
 import ast
 import difflib
 import functools
-import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -47,8 +45,6 @@ class Root:
 
 
 GROUPS = ("data", "model", "reg", "recipe", "stage", "tracker")
-# Keys that say where and how fast, never what comes out.
-_NOT_RESULT = {"root", "workers"}
 _TYPES: dict[str, Any] = {
     "Optional": Optional, "Union": Union, "Literal": Literal, "Annotated": Annotated, "Any": Any,
     "Count": Count, "CountOrZero": CountOrZero, "Positive": Positive, "NonNegative": NonNegative,
@@ -158,18 +154,3 @@ def build(node: dict, *args: Any, **kwargs: Any) -> Any:
         if error.__cause__ is not None:  # what went wrong, without Hydra's wrapping
             raise error.__cause__ from None
         raise
-
-
-def identity(config: dict, groups: tuple[str, ...] = ("data", "model", "reg", "recipe", "stage")) -> dict:
-    """What can change a result, and nothing else: devices, workers, trackers and places are left out."""
-    kept: dict = {"seed": config["seed"]}
-    for group in groups:
-        kept[group] = {k: v for k, v in config[group].items() if k not in _NOT_RESULT}
-    kept["recipe"].pop("finetune", None)  # only feeds the stage's keys, which count themselves
-    return kept
-
-
-def fingerprint(identified: dict) -> str:
-    """Eight hex digits that name a run's directory."""
-    text = json.dumps(identified, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

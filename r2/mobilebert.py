@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, MobileBertConfig, MobileBertForSequenceC
 from transformers.utils import logging
 
 from r2.config import Count, UserError
-from r2.data.batches import Inputs
 from r2.hub import fetch
+from r2.models import Inputs
 
 logging.set_verbosity_error()  # what it would report of missing weights is checked here
 logging.disable_progress_bar()

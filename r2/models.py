@@ -15,6 +15,8 @@ from torchvision.models.resnet import BasicBlock
 
 from r2.config import Count, Fraction, Width
 
+Inputs = Tensor | dict[str, Tensor]  # what a network takes: images (n, 3, h, w), or tokens by name, each (n, length)
+
 
 class Add(nn.Module):
     """Two tensors' sum."""

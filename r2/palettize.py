@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from r2.clustering.kmeans import initial_centroids
+from r2.clustering.passes import alive, passes_over
 from r2.kernels import flat, unflat
-from r2.kmeans import initial_centroids
-from r2.passes import alive, passes_over
 from r2.quantizers.layers import Quantizer
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from r2 import store
-from r2.config import build, fingerprint, identity
+from r2.config import build
 from r2.data.batches import Data
 from r2.dist import World, sync_batchnorm
+from r2.identity import fingerprint, identity
 from r2.recipe import Recipe, optimizer_of
 from r2.regularizers import describe
 from r2.store import Run

@@ -12,29 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from r2.config import UserError
+from r2.paths import REPOSITORY
 
 SCHEMA = 1
 _PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn", "transformers")
-
-
-def axes(config: dict, stage: Any) -> dict:
-    """The columns of a table that this run fills one cell of; the paper's tables have the same ones."""
-    choices = config["choices"]
-    return {
-        "data": choices["data"],
-        "model": model_name(choices["model"], config["model"].get("width_mult")),
-        "reg": choices["reg"],
-        "stage": choices["stage"],
-        "seed": config["seed"],
-        **stage.axes(),
-    }
-
-
-def model_name(model: str, width_mult: float | None) -> str:
-    """mbv1-0.25; no suffix where there is one width, or the paper's only one: mobilebert, resnet18."""
-    if width_mult is None:
-        return model
-    return "resnet18" if (model, width_mult) == ("rn18", 1.0) else f"{model}-{width_mult}"
 
 
 def weights_summary(weights: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -78,10 +59,11 @@ def provenance(device: Any) -> dict:
 @functools.cache
 def commit() -> str | None:
     """The checkout's commit, with '+' if files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=10, check=True
+        )
         return done.stdout.strip()
 
     try:
@@ -142,14 +124,6 @@ def read(path: Path, name: str | None = None) -> dict:
     if name is not None and found["name"] != name:
         raise UserError(f"{path}: is the record of {found['name']}; move it away to run again")
     return found
-
-
-def run_name(axes: dict) -> str:
-    """Readable and unique up to the hash: digits_mbv1-0.25_margin_ewgs_w2a2_s0."""
-    bits = f"_w{axes['weight_bits']}" if axes.get("weight_bits") else ""
-    bits += f"a{axes['act_bits']}" if axes.get("act_bits") else ""
-    bits += f"d{axes['dim']}" if axes.get("dim") else ""
-    return f"{axes['data']}_{axes['model']}_{axes['reg']}_{axes['stage']}{bits}_s{axes['seed']}"
 
 
 def make(

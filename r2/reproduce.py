@@ -91,14 +91,17 @@ def _positive(key: str, own: dict[str, str]) -> float | None:
 
 def reproduce(request: Request) -> int:
     """Do what was asked; returns how many runs failed."""
-    from r2 import estimate, plan, record, report
+    from r2 import record
+    from r2.plan import cost
+    from r2.plan.cells import cells as planned
+    from r2.report import page
 
-    cells = plan.cells(request.experiments, request.overrides)
+    cells = planned(request.experiments, request.overrides)
     out = Path(cells[0].config["out"])
     if request.plan:
         given = request.images_per_second
-        speeds = estimate.speeds_here(cells[0].config, request.records, out, given=given)
-        for line in estimate.describe(cells, request.records, speeds):
+        speeds = cost.speeds_here(cells[0].config, request.records, out, given=given)
+        for line in cost.describe(cells, request.records, speeds):
             print(line)
         if speeds.device == "cpu":
             print("in GPU-hours: add images_per_second=N, as one GPU trains (a column of a run's curve-pretrain.csv)")
@@ -113,7 +116,7 @@ def reproduce(request: Request) -> int:
     if request.records is not None:
         collect(cells, request.records)
     if len(failed) < len(cells):
-        report.write(folder, out / "pretrained")
+        page.write(folder, out / "pretrained")
         print(f"r2: tables, figures and claims are in {folder}; all of it on one page: {folder / 'report.html'}")
     return len(failed)
 
@@ -138,7 +141,7 @@ def run_all(cells: list, jobs: int, gpus: list[str]) -> dict[str, str]:
     Raises:
         UserError: more jobs than GPUs.
     """
-    from r2.plan import groups
+    from r2.plan.cells import groups
 
     if gpus and jobs > len(gpus):
         raise UserError(f"jobs={jobs}: this machine has {len(gpus)} GPUs, and a job takes at least one")
@@ -235,17 +238,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not words or {"-h", "--help"} & set(words):
         print(__doc__)
         return
-    from r2.cli import COMPOSE_ERRORS, one_line
+    from r2.cli import refusals
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
+    with refusals():
         failed = reproduce(read(words))
-    except UserError as error:
-        print(f"r2: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except COMPOSE_ERRORS as error:
-        print(f"r2: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
     raise SystemExit(1 if failed else 0)
 
 

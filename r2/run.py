@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r2 import cli
-from r2.config import build, fingerprint, identity
+from r2.config import build
+from r2.identity import axes, fingerprint, identity, run_name
 
 if TYPE_CHECKING:
     from r2.dist import World
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def start(config: dict) -> dict | None:
     """Run a checked plain config on its devices; returns the record."""
     if config["check"]:
-        from r2.doctor import check
+        from r2.plan.check import check
 
         check(config)
         return None
@@ -38,8 +39,8 @@ def experiment(config: dict, world: "World") -> dict:
 
     key = fingerprint(identity(config))
     stage, recipe = build(config["stage"]), build(config["recipe"])
-    axes = record.axes(config, stage)
-    directory = Path(config["out"]) / f"{record.run_name(axes)}-{key}"
+    columns = axes(config, stage)
+    directory = Path(config["out"]) / f"{run_name(columns)}-{key}"
     if world.main:
         store.make_directory(directory)
     world.barrier()
@@ -51,7 +52,7 @@ def experiment(config: dict, world: "World") -> dict:
             found = record.read(finished, directory.name)
         else:
             with contextlib.closing(build(config["data"]).to(world)) as data:
-                run.say(f"{axes['data']}: {data.describe()}")
+                run.say(f"{columns['data']}: {data.describe()}")
                 tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
                 run.log = tracker.log
                 with torch.device("meta"):
@@ -61,7 +62,7 @@ def experiment(config: dict, world: "World") -> dict:
                 model, result = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
                 if world.main:
                     pack.save(model, directory / "model.safetensors")
-                found = record.make(config, axes, directory, pretrained, model, result, data, world)
+                found = record.make(config, columns, directory, pretrained, model, result, data, world)
                 run.finish(model, found)
                 tracker.close()
     if world.main:
@@ -70,4 +71,6 @@ def experiment(config: dict, world: "World") -> dict:
 
 
 if __name__ == "__main__":
-    cli.main("r2.run")
+    import r2.run  # as a module, whose functions other processes can import
+
+    cli.main(r2.run.start)

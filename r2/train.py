@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from r2 import resume
 from r2.config import UserError
 from r2.console import Phase
-from r2.data.batches import IGNORED, Data, Inputs, chunk, mix
+from r2.data.batches import IGNORED, Data, chunk, mix
 from r2.dist import World, stop_handlers, stopped
+from r2.models import Inputs
 from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
 from r2.store import Run

@@ -110,6 +110,7 @@ def _main(log, words, before, env, writer):
     os.environ.update(env)
     multiprocessing.set_start_method(None, force=True)  # the system's own, for processes that the run starts
     sys.argv[1:] = words
+    import r2.run
     from r2 import cli
 
     for phase, functions in PHASES.items():
@@ -117,7 +118,7 @@ def _main(log, words, before, env, writer):
             _marked(writer, phase, name, function)
     if before:
         before()
-    cli.main("r2.run")
+    cli.main(r2.run.start)
 
 
 def _marked(writer, phase, name, function):

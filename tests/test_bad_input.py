@@ -12,13 +12,14 @@ from PIL import Image
 from test_security import composed
 from torch import nn
 
-from r2 import export, plan, store
+from r2 import export, store
 from r2.config import UserError
 from r2.data.batches import IGNORED
 from r2.data.folder import Folder
 from r2.data.images import decode
 from r2.dist import World
 from r2.palettize import Palette
+from r2.plan import cells as planned
 from r2.quantizers.affine import Activation, Affine
 from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, quantizable, signal_to_noise, swap
@@ -342,7 +343,7 @@ def test_going_on_with_other_processes_or_another_torch_is_said(root, tmp_path):
 
 
 def names(*words):
-    (cell,) = plan.cells_of([*SMALL, "stage=ewgs", *words])
+    (cell,) = planned.cells_of([*SMALL, "stage=ewgs", *words])
     return cell.name, cell.pretraining
 
 
@@ -371,7 +372,7 @@ def two_runs(tmp_path_factory):
 def copy_of(two_runs, tmp_path):
     out = shutil.copytree(two_runs[0], tmp_path / "out")
     configs = [{**config, "out": str(out)} for config in two_runs[1]]
-    return [out / plan.cell_of(config).name for config in configs], configs
+    return [out / planned.cell_of(config).name for config in configs], configs
 
 
 def refused(config):
@@ -406,7 +407,7 @@ def test_a_finished_model_in_place_of_a_half_trained_one_is_named(two_runs, tmp_
     _, (config, _) = copy_of(two_runs, tmp_path)
     mine, _ = sorted((tmp_path / "out" / "pretrained").glob("*/model.pt"))
     mine.rename(mine.with_name("pretrain.ckpt"))
-    shutil.rmtree(tmp_path / "out" / plan.cell_of(config).name)
+    shutil.rmtree(tmp_path / "out" / planned.cell_of(config).name)
     assert "pretrain.ckpt: another kind of checkpoint, without 'position'" in refused(config)
 
 
@@ -417,7 +418,7 @@ def test_a_record_or_packed_file_that_is_anothers_or_altered_is_named(two_runs, 
     path.write_text(genuine.replace('"top1": ', '"top1": 9', 1))
     assert refused(config).startswith(f"{path}: altered after it was written")
     with pytest.raises(UserError, match="altered"):
-        plan.cell_of(config).finished(None)
+        planned.cell_of(config).finished(None)
     path.write_text((other / "record.json").read_text())
     assert refused(config) == f"{path}: is the record of {other.name}; move it away to run again"
     path.write_text(genuine)

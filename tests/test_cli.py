@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ENV, SMALL
 
-from r2 import cli
+from r2 import compose
 from r2.store import digest
 
 # As typed after `stage=ewgs`; every one is refused before torch is imported.
@@ -48,6 +48,7 @@ MISTAKES = {
 }
 TRY = """
 import json, os, sys
+import r2.run
 from r2 import cli
 
 class NoTorch:
@@ -59,7 +60,7 @@ for number, words in enumerate(json.loads(sys.argv[1])):
     if os.fork() == 0:
         os.dup2(os.open(f"{number}.told", os.O_CREAT | os.O_WRONLY), 2)
         sys.argv[1:] = ["out=out", "stage=ewgs", *words]
-        cli.main("r2.run")
+        cli.main(r2.run.start)
     with open(f"{number}.code", "w") as file:
         print(os.waitstatus_to_exitcode(os.wait()[1]), file=file)
 """
@@ -93,7 +94,7 @@ def test_a_mistake_ends_the_program_with_2(r2):
 
 def test_help_and_config_do_not_import_torch(tmp_path):
     code = (
-        "import sys; sys.argv[1:] = ['--cfg', 'job']; from r2 import cli; cli.main('r2.run'); "
+        "import sys; sys.argv[1:] = ['--cfg', 'job']; from r2 import cli; import r2.run; cli.main(r2.run.start); "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=ENV)
@@ -139,7 +140,7 @@ def test_not_finite_stops_with_the_layer(r2):
 
 def test_a_fixed_key_of_a_swept_group_is_an_axis():
     words = ["stage=dfq,adaround", "stage.granularity=channel", "stage.bits=2,4", "reg=l2", "reg.factor=2", "seed=1"]
-    assert cli.sweep_words(words) == ["stage=dfq,adaround", "stage.granularity=choice(channel)", *words[2:]]
+    assert compose.sweep_words(words) == ["stage=dfq,adaround", "stage.granularity=choice(channel)", *words[2:]]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from conftest import ENV, SMALL
 from torch import nn
 from torchvision.io import write_jpeg
 
-from r2 import cli
+from r2 import compose
 from r2.config import UserError
 from r2.data import images
 from r2.data.folder import Folder
@@ -104,8 +104,8 @@ def test_data_workers_leave_signals_to_the_main_process(small_folder):
 
 def test_slurm_without_its_package_names_the_mend():
     text = "In 'hydra/launcher/slurm': Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options in "
-    error = cli.HydraException(text + "'hydra/launcher':\n\tbasic\n\tslurm")
-    assert "pip install 'r2[cluster]'" in cli.one_line(error)
+    error = compose.HydraException(text + "'hydra/launcher':\n\tbasic\n\tslurm")
+    assert "pip install 'r2[cluster]'" in compose.one_line(error)
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ import torch
 from conftest import SMALL
 from filelock import FileLock
 
-from r2 import doctor, estimate, store
+from r2 import store
 from r2.config import UserError
-from r2.plan import cells_of
+from r2.plan import check as checking
+from r2.plan import cost
+from r2.plan.cells import cells_of
 
 
 def cell(out, *words):
@@ -18,13 +20,13 @@ def cell(out, *words):
 
 def problems(capsys, config):
     with pytest.raises(UserError, match="would not start"):
-        doctor.check(config)
+        checking.check(config)
     return capsys.readouterr().err.splitlines()
 
 
 def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
     of_run = cell(tmp_path / "out")
-    doctor.check(of_run.config)
+    checking.check(of_run.config)
     said = capsys.readouterr()
     for part in ("1 x CPU", "256 training and 100 validation images", "the first batch, 64 for each",
                  "memory: training in full precision takes about 0.02 GiB of each device", "for 64 examples at once",
@@ -38,7 +40,7 @@ def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
 @pytest.mark.parametrize("model, precision", [("rn18", "fp32"), ("mbv1", "fp32"), ("mbv2", "bf16")])
 def test_memory_is_what_a_real_step_keeps(model, precision):
     (of_run,) = cells_of([*SMALL, f"model={model}", f"recipe.precision={precision}"])
-    network, images, labels = estimate._example(of_run.config, 8, "cpu")
+    network, images, labels = cost._example(of_run.config, 8, "cpu")
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
     kept = {}
 
@@ -48,16 +50,16 @@ def test_memory_is_what_a_real_step_keeps(model, precision):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = estimate._loss(of_run.config, network, images, labels)
+        loss = cost._loss(of_run.config, network, images, labels)
     real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
-    counted, rest = (2**30 * size for size in estimate.memory(of_run.config, 8))
+    counted, rest = (2**30 * size for size in cost.memory(of_run.config, 8))
     assert counted == pytest.approx(real, rel=0.01)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
     loss.backward()
     optimizer.step()
     held = [t for p in network.parameters() for t in (p, p.grad, optimizer.state[p]["momentum_buffer"])]
     assert rest == sum(t.numel() * t.element_size() for t in held)
-    once, twice = (estimate.memory(of_run.config, n)[0] for n in (64, 128))
+    once, twice = (cost.memory(of_run.config, n)[0] for n in (64, 128))
     assert twice / once == pytest.approx(2, rel=0.05)
 
 
@@ -88,7 +90,7 @@ def test_what_exists_is_locked_or_half_done_is_told(tmp_path, capsys):
         store.save(directory / "phase.ckpt", state)
     with FileLock(pretraining / ".lock"):
         (pretraining / ".owner").write_text("process 7 on here\n")
-        doctor.check(of_run.config)
+        checking.check(of_run.config)
     said = capsys.readouterr().out
     assert said.count("phase.ckpt goes on at epoch 3, step 7") == 2
     assert "process 7 on here is working on" in said and said.count("working on") == 1

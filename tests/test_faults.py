@@ -20,7 +20,8 @@ import torch
 from conftest import ENV, SMALL
 from forked import EWGS, TINY, Run, alive, children, results, wait_for
 
-from r2 import plan, store, trackers
+from r2 import store, trackers
+from r2.plan import cells as planned
 
 ROOT = Path(__file__).parents[1]
 TWO_CORES = pytest.mark.skipif(
@@ -350,11 +351,11 @@ def test_a_signal_is_answered_with_a_checkpoint(tmp_path, number):
 
 
 def test_what_cannot_change_a_result_does_not_change_a_run():
-    (first,) = plan.cells_of(TINY)
+    (first,) = planned.cells_of(TINY)
     for word in ("tracker=wandb", "devices=2", "checkpoint_seconds=5", "out=elsewhere", "dist_timeout_seconds=9"):
-        (same,) = plan.cells_of([*TINY, word])
+        (same,) = planned.cells_of([*TINY, word])
         assert same.name == first.name and same.pretraining == first.pretraining
-    (other,) = plan.cells_of([*TINY, "reg.weight=0.5"])
+    (other,) = planned.cells_of([*TINY, "reg.weight=0.5"])
     assert other.name != first.name and other.pretraining != first.pretraining
 
 

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from r2 import distributions, figures, folding, store, tradeoff
+from r2 import store
 from r2.config import UserError
-from r2.trained import Trained, read
+from r2.report import accuracy, figures, folding
+from r2.report import weights as distributions
+from r2.report.trained import Trained, read
 
 REGS = {
     "l2": {"_target_": "r2.regularizers.L2", "factor": 1.0},
@@ -172,7 +174,7 @@ def test_protocols_are_never_mixed(tmp_path):
 def test_weights_of_a_regularizer_stand_side_by_side(tmp_path):
     """Those tried with one weight are left out; full precision comes from the same runs."""
     tried = [record("linf", seed=s, weight=w, top1=50 + 10 * w, fp32=60 + w) for w in (0.01, 0.1) for s in (0, 1)]
-    rows = tradeoff.weight_rows([record("l2"), *tried, record("smm", "dkm", dim=1)])
+    rows = accuracy.weight_rows([record("l2"), *tried, record("smm", "dkm", dim=1)])
     assert {(row[1][1], row[3], row[4]): row[-1] for row in rows} == {
         ("fp32", "0.01", "linf"): 60.01, ("fp32", "0.1", "linf"): 60.1,
         ("ewgs W2A2", "0.01", "linf"): 50.1, ("ewgs W2A2", "0.1", "linf"): 51.0,
@@ -183,13 +185,13 @@ def test_weights_of_a_regularizer_stand_side_by_side(tmp_path):
 
 def test_rows_put_full_precision_beside_its_own_runs():
     vector = [record("smm", "dkm", bits=2, dim=2, fp32=58.0), record("smm", "dkm", bits=1, dim=1)]
-    rows = tradeoff.bits_rows([*vector, record("smm", "pact", fp32=None)])
+    rows = accuracy.bits_rows([*vector, record("smm", "pact", fp32=None)])
     full = {row[1][1]: row[-1] for row in rows if row[3] == "fp32"}
     assert full == {"vector DKM": 58.0, "DKM": 60.0, "PACT": 60.0}
     without_first = record()
     without_first["axes"]["quantized_layers"] = "excl_first_last"
-    assert tradeoff.bits_rows([without_first]) == []
-    assert len(tradeoff.size_rows([without_first])) == 1
+    assert accuracy.bits_rows([without_first]) == []
+    assert len(accuracy.size_rows([without_first])) == 1
 
 
 def test_three_bins_and_the_layer_they_are_shown_for():
@@ -211,7 +213,7 @@ def test_weights_beyond_the_scale_are_noted():
 
 
 def test_drawing_is_paid_for_only_where_something_is_drawn():
-    code = "import sys, r2.run, r2.figures; assert not {'matplotlib', 'torch'} & set(sys.modules)"
+    code = "import sys, r2.run, r2.report.figures; assert not {'matplotlib', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,9 +13,11 @@ import yaml
 from conftest import ENV
 from test_shards import encoded, photographs, prepare
 
-from r2 import cli, estimate, pack, tables
-from r2.plan import cells_of
-from r2.tables import FP32, paper
+from r2 import compose, pack
+from r2.plan import cost
+from r2.plan.cells import cells_of
+from r2.report import tables
+from r2.report.tables import FP32, paper
 
 # Fingerprints that runs of the paper's recipe had before it stood in one file per model, of fp32 and of EWGS.
 KNOWN = {
@@ -28,7 +30,7 @@ KNOWN = {
 
 
 def recipe(model):
-    return Path(cli.CONFIGS, "recipe", "imagenet", f"{model}.yaml").read_text()
+    return Path(compose.CONFIGS, "recipe", "imagenet", f"{model}.yaml").read_text()
 
 
 @pytest.mark.parametrize("data, model", KNOWN)
@@ -49,10 +51,10 @@ def test_what_its_header_expects_is_the_papers_and_what_is_counted(model, number
     accuracy = re.search(f"the paper's Table {number}: (.*?)\\. Time", text)[1]
     of_paper = {value for (key, column), value in paper(number).items() if key[0] == row and column == FP32}
     assert {float(value) for value in re.findall(r"\d+\.\d+", accuracy)} == of_paper
-    kept, weights = estimate.memory(cell.config, 2048 // 8)
+    kept, weights = cost.memory(cell.config, 2048 // 8)
     assert f"about {kept + weights:.1f} GiB of each of 8 GPUs as check=true counts it, {kept:.1f} of them" in text
     speed, hours, on_eight = re.search(r"At ([\d,]+) images/s.*: (\d+) GPU-hours, ([\d.]+) h on 8\.", text).groups()
-    seconds = 300 * estimate.TRAIN_IMAGES["imagenet"] / float(speed.replace(",", ""))
+    seconds = 300 * cost.TRAIN_IMAGES["imagenet"] / float(speed.replace(",", ""))
     assert (hours, on_eight) == (f"{seconds / 3600:.0f}", f"{seconds / 3600 / 8:.1f}")
 
 

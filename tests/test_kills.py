@@ -17,7 +17,8 @@ from conftest import ENV
 from forked import ADAROUND, DKM, EWGS, LINUX, PHASES, TINY, Run, alive, children, results, wait_for
 from torchvision.io import write_jpeg
 
-from r2 import plan, store
+from r2 import store
+from r2.plan import cells as planned
 
 pytestmark = pytest.mark.slow
 NEAREST = ["stage=none"]
@@ -157,7 +158,7 @@ def test_a_table_survives_its_driver_and_three_broken_cells(tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     overrides = [*(w for w in TINY if not w.startswith("reg")), "reg=l2,margin", "stage.bits=1,2,3,4", f"out={out}",
                  "recipe.epochs=1", "recipe.finetune.epochs=2"]  # fmt: skip
-    cells = {(c.axes["reg"], c.axes["weight_bits"]): c.directory for c in plan.cells(["table5"], overrides)}
+    cells = {(c.axes["reg"], c.axes["weight_bits"]): c.directory for c in planned.cells(["table5"], overrides)}
     assert len(cells) == 8
 
     def finished():

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import parquet
 from transformers import MobileBertConfig, MobileBertForPreTraining, MobileBertTokenizer
 
-from r2 import export, hub, pack, store, tables
+from r2 import export, hub, pack, store
 from r2.config import UserError
 from r2.data.batches import chunk
 from r2.data.text import qnli
@@ -32,6 +32,7 @@ from r2.quantizers.layers import compressed, quantizable, signal_to_noise, swap
 from r2.recipe import Recipe, optimizer_of
 from r2.record import read_all
 from r2.regularizers import Margin
+from r2.report import tables
 from r2.train import evaluate, train
 
 ANSWERS = {"who": "anna boris clara david emma felix".split(), "where": "paris london tokyo cairo lima oslo".split()}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from r2 import passes
+from r2.clustering import passes
 from r2.palettize import Palette, dkm, hard, initial_centroids, unvectorize, vectorize
 
 compiled = pytest.mark.skipif(os.environ.get("TORCH_COMPILE_DISABLE") == "1", reason="kernels are switched off")

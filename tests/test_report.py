@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_tables import none, record
 
-from r2 import claims, figures, report, tables
 from r2.record import read_all
+from r2.report import claims, figures, page, tables
 
 ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,7 +28,7 @@ def folder(tmp_path):
         (tmp_path / "records" / f"{i}.json").write_text(json.dumps(found))
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "notes.md").write_text("A *finding* <script>alert(1)</script>")
-    report.write(tmp_path)
+    page.write(tmp_path)
     return tmp_path
 
 
@@ -65,7 +65,7 @@ def test_the_page_shows_what_was_measured_and_how_to_repeat_it(folder):
 
 def test_a_second_rendering_changes_nothing(folder):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".png"}
-    report.write(folder)
+    page.write(folder)
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -98,6 +98,6 @@ def test_what_is_generated_is_not_stale():
             assert (results / data / f"tables.{suffix}").read_text() == render(of_data), (data, suffix)
         assert figures.stale(of_data, results / data / "weights", results / data / "figures") == []
     assert (results / "claims.md").read_text() == claims.markdown(records)
-    assert (results / "report.html").read_text() == report.page(records, results)
+    assert (results / "report.html").read_text() == page.page(records, results)
     readme = (ROOT / "README.md").read_text()
-    assert readme == report.with_block(readme, records)
+    assert readme == page.with_block(readme, records)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import ENV, SMALL
 
-from r2 import estimate, plan, reproduce
+from r2 import reproduce
 from r2.config import UserError
-from r2.tables import FP32, Column, paper
+from r2.plan import cells as planned
+from r2.plan import cost
+from r2.report.tables import FP32, Column, paper
 
 TINY = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=50", "recipe.batch_size=32"]
 
@@ -20,25 +22,25 @@ def program(tmp_path, *arguments, timeout=300):
 
 
 def test_a_planned_run_and_its_command_are_the_same_run():
-    cells = plan.cells(["table6"], ["data=fake", "model=mbv1", "reg=l2", "model.width_mult=0.25", "seed=0,1"])
+    cells = planned.cells(["table6"], ["data=fake", "model=mbv1", "reg=l2", "model.width_mult=0.25", "seed=0,1"])
     assert [(c.axes["weight_bits"], c.axes["dim"], c.axes["seed"]) for c in cells] == [
         (2, 2, 0), (2, 2, 1), (4, 4, 0), (4, 4, 1),
     ]  # fmt: skip
     assert len({c.name for c in cells}) == 4 and len({c.pretraining for c in cells}) == 2  # one per seed
     for cell in cells:
-        (again,) = plan.cells_of(cell.config["overrides"])
+        (again,) = planned.cells_of(cell.config["overrides"])
         assert again.name == cell.name and "experiment" not in " ".join(cell.config["overrides"])
 
 
 @pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in "12357"), "4", "6"])
 def test_every_table_of_the_paper_is_planned_whole(number):
-    cells = plan.cells([f"table{number}"], ["data=imagenet"])
-    planned = {((c.axes["model"], c.axes["reg"]), Column(*[c.axes[f] for f in Column._fields])) for c in cells}
-    assert planned == {key for key in paper(number) if key[1] != FP32} and len(planned) == len(cells)
+    cells = planned.cells([f"table{number}"], ["data=imagenet"])
+    places = {((c.axes["model"], c.axes["reg"]), Column(*[c.axes[f] for f in Column._fields])) for c in cells}
+    assert places == {key for key in paper(number) if key[1] != FP32} and len(places) == len(cells)
 
 
 def test_table_7_keeps_its_data_among_the_others():
-    cells = plan.cells(["table1", "table7"], ["data=imagenet", "recipe.epochs=3", "reg=linf"])
+    cells = planned.cells(["table1", "table7"], ["data=imagenet", "recipe.epochs=3", "reg=linf"])
     assert {c.axes["data"]: c.config["recipe"]["epochs"] for c in cells} == {"imagenet": 3, "qnli": 10}
 
 
@@ -65,8 +67,8 @@ def test_a_mistake_is_one_line(words, told, capsys):
 
 
 def test_brackets_keep_their_commas():
-    assert plan._values("a,{b: 1, c: 2},[3,4]") == ["a", "{b: 1, c: 2}", "[3,4]"]
-    assert estimate.duration(59) == "59 s" and estimate.duration(7200) == "2.0 h" and estimate.duration(600) == "10 min"
+    assert planned._values("a,{b: 1, c: 2},[3,4]") == ["a", "{b: 1, c: 2}", "[3,4]"]
+    assert cost.duration(59) == "59 s" and cost.duration(7200) == "2.0 h" and cost.duration(600) == "10 min"
 
 
 def test_a_plan_counts_what_is_missing_and_writes_nothing(tmp_path, capsys):
@@ -91,7 +93,7 @@ def test_a_plan_of_gpus_from_a_measured_speed(devices, capsys):
 
 
 def test_speeds_come_from_records_of_the_same_kind_of_device():
-    (cell,) = plan.cells_of(["data=fake", "model=mbv1", "stage=ewgs", "recipe.epochs=10", "stage.epochs=5"])
+    (cell,) = planned.cells_of(["data=fake", "model=mbv1", "stage=ewgs", "recipe.epochs=10", "stage.epochs=5"])
     found = {
         "axes": cell.axes,
         "device": {"type": "cpu"},
@@ -99,10 +101,10 @@ def test_speeds_come_from_records_of_the_same_kind_of_device():
         "seconds": {"pretrain": 3.0, "ewgs": 4.0},
         "images_per_second": {"pretrain": 100.0, "stage": 50.0},
     }
-    speeds = estimate.Speeds([found], "cpu", processes=4)
+    speeds = cost.Speeds([found], "cpu", processes=4)
     assert speeds.pretraining(cell) == (10 * 256 / 200, "records") and speeds.stage(cell) == (5 * 256 / 100, "records")
-    (rounding,) = plan.cells_of(["data=fake", "model=mbv1", "stage=none"])
-    assert speeds.stage(rounding) == (0.0, estimate.UNKNOWN)
+    (rounding,) = planned.cells_of(["data=fake", "model=mbv1", "stage=none"])
+    assert speeds.stage(rounding) == (0.0, cost.UNKNOWN)
 
 
 @pytest.mark.slow

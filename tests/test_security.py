@@ -16,7 +16,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from test_shards import SHAPE, folder, official, prepare, shards, tar_of  # noqa: F401
 
-from r2 import cli, pack, store
+from r2 import compose, pack, store
 from r2.config import UserError, build
 from r2.data.shards import Shards
 from r2.dist import World
@@ -28,8 +28,8 @@ ONE_LINE = re.compile(r"[^\n]+\Z")
 def composed(*overrides):
     """The checked config of a command line."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(cli.CONFIGS, version_base="1.3"):
-        return cli.composed(overrides)
+    with initialize_config_dir(str(compose.CONFIGS), version_base="1.3"):
+        return compose.composed(overrides)
 
 
 class Bomb:
@@ -113,7 +113,7 @@ def test_a_bomb_in_place_of_an_index_is_refused(shards, tmp_path):  # noqa: F811
     "override",
     [
         "++model._target_=os.mkdir",
-        "++data._target_=r2.cli.os.mkdir",
+        "++data._target_=r2.compose.os.mkdir",
         "++model._target_=builtins.eval",
         "++model._target_=null",
         "+model._args_=[/tmp/x]",
@@ -133,7 +133,7 @@ def test_a_target_outside_r2_in_a_record_is_refused(tmp_path):
     nested = {"_target_": "os.mkdir", "path": mark}
     for node in (
         nested,
-        {"_target_": "r2.cli.os.mkdir", "path": mark},
+        {"_target_": "r2.compose.os.mkdir", "path": mark},
         {"_target_": "r2.data.memory.fake", "train_images": nested},
         {"_target_": "r2.data.memory.fake", "_args_": [nested]},
     ):

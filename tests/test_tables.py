@@ -2,10 +2,11 @@ import json
 
 import pytest
 
-from r2 import claims, report, store, tables
+from r2 import store
 from r2.config import UserError
 from r2.record import SCHEMA, _digest, read, read_all
-from r2.tables import FP32, Column
+from r2.report import claims, page, tables
+from r2.report.tables import FP32, Column
 
 EWGS = Column("ewgs", 2, 2)
 
@@ -141,11 +142,11 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("tempfile.TemporaryFile", read_only)  # no permission stops a test that runs as root
         with pytest.raises(UserError, match=r"cannot write to .*digits \(Read-only file system\)"):
-            report.write(tmp_path)
+            page.write(tmp_path)
     (tmp_path / "digits").rmdir()
     (tmp_path / "digits").write_text("")
     with pytest.raises(UserError, match="cannot write to .*digits"):
-        report.write(tmp_path)
+        page.write(tmp_path)
 
 
 def test_a_record_that_was_altered_or_is_anothers_is_named(tmp_path):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from r2.dist import World
+from r2.models import Inputs
 
 IGNORED = -100  # label of an image that could not be decoded; cross_entropy's ignore_index
-Inputs = Tensor | dict[str, Tensor]  # what a model takes: images (n, 3, h, w), or tokens by name, each (n, length)
 
 
 def chunk(inputs: Inputs, parts: int) -> list[Inputs]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from r2.config import Count, UserError
-from r2.data.batches import Data, Inputs
+from r2.data.batches import Data
 from r2.dist import World
 from r2.hub import fetch, need_extra
+from r2.models import Inputs
 
 _HUB = "nyu-mll/glue"
 _COLUMNS = ("question", "sentence", "label")
@@ -65,11 +66,14 @@ class Text(Data):
             width = min(int(lengths.max()) + 1, self.max_length)
             there = torch.arange(width) < lengths[:, None]
             indices = indices.to(self.world.device)
-            yield {
-                "input_ids": pairs.tokens[indices, :width].long(),
-                "attention_mask": there.long().to(self.world.device),
-                "token_type_ids": pairs.segments[indices, :width].long(),
-            }, pairs.labels[indices]
+            yield (
+                {
+                    "input_ids": pairs.tokens[indices, :width].long(),
+                    "attention_mask": there.long().to(self.world.device),
+                    "token_type_ids": pairs.segments[indices, :width].long(),
+                },
+                pairs.labels[indices],
+            )
 
 
 def qnli(

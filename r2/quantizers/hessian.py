@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from r2.data.batches import Inputs
+from r2.models import Inputs
 
 
 def gradient_scales(

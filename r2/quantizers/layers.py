@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r2.config import UserError
-from r2.data.batches import Inputs
+from r2.models import Inputs
 
 
 class Quantizer(nn.Module):
@@ -187,9 +187,7 @@ def compressed(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def signal_to_noise(
-    model: nn.Module, batch: Inputs, originals: Mapping[str, Tensor] | None = None
-) -> dict[str, float]:
+def signal_to_noise(model: nn.Module, batch: Inputs, originals: Mapping[str, Tensor] | None = None) -> dict[str, float]:
     """Per compressed layer, the signal-to-quantization-noise ratio of its output in dB, its input being the same.
 
     The signal is the layer's operation on its unquantized input and its latent weight, or the one in `originals`.

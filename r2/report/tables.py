@@ -10,13 +10,11 @@ import math
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from r2.config import UserError
+from r2.paths import PAPER
 
-_here = Path(__file__).parent
-PAPER = _here / "paper" if (_here / "paper").is_dir() else _here.parent / "results" / "paper"
 REGULARIZERS = {
     "l2": "L2",
     "l2_10x": "10x L2",

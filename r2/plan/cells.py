@@ -14,10 +14,10 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from r2 import record
-from r2.cli import CONFIGS, composed
-from r2.config import UserError, build, fingerprint, identity
-
-PUBLISHED = Path(__file__).parents[1] / "results" / "records"
+from r2.compose import composed
+from r2.config import UserError, build
+from r2.identity import axes, fingerprint, identity, run_name
+from r2.paths import CONFIGS
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Cell:
 
 
 def experiments() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(Path(CONFIGS, "experiment").glob("*.yaml"))}
+    return {path.stem: path for path in sorted((CONFIGS / "experiment").glob("*.yaml"))}
 
 
 def axes_of(experiment: str) -> dict[str, list[str]]:
@@ -84,7 +84,7 @@ def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
     """
     given = dict(override.split("=", 1) for override in overrides)
     found: dict[str, Cell] = {}
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for name in names:
             grid = axes_of(name)
             # Table 7 is of QNLI: asked for along with ImageNet's tables, it keeps its data and what goes with them.
@@ -105,7 +105,7 @@ def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
 
 def cells_of(overrides: list[str]) -> list[Cell]:
     """The one run of a command line."""
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return [cell_of(composed(overrides))]
 
 
@@ -118,10 +118,10 @@ def _seed(text: str) -> int:
 def cell_of(config: dict) -> Cell:
     """The run of a checked config."""
     stage = build(config["stage"])
-    axes = record.axes(config, stage)
+    columns = axes(config, stage)
     of_pretraining = fingerprint(identity(config, ("data", "model", "reg", "recipe")))
-    name = f"{record.run_name(axes)}-{fingerprint(identity(config))}"
-    return Cell(config, axes, name, None if stage.from_scratch else of_pretraining)
+    name = f"{run_name(columns)}-{fingerprint(identity(config))}"
+    return Cell(config, columns, name, None if stage.from_scratch else of_pretraining)
 
 
 def groups(planned: Iterable[Cell]) -> list[list[Cell]]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from r2 import store
 from r2.config import build
-from r2.distributions import INK, colour, label, ordered
-from r2.tables import Column, column
+from r2.report.style import INK, colour, label, ordered
+from r2.report.tables import Column, column
 
 NAMES = ("sha256", "layer", "trained", "folded", "variance")
 ROUNDED = Column("none", 4, 8)

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import offset_copy
 
-from r2.distributions import INK, colour, label, ordered
-from r2.tables import FP32, TABLES, column
+from r2.report.style import INK, colour, label, ordered
+from r2.report.tables import FP32, TABLES, column
 
 WEIGHT_COLUMNS = [*TABLES["2"].columns, *TABLES["3"].columns[1:]]
 POST_TRAINING = ("none", "dfq", "adaround")

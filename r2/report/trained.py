@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from r2.config import UserError
-from r2.record import model_name
+from r2.identity import model_name
 
 T = TypeVar("T")
 
@@ -96,9 +96,9 @@ def _option(group: str, wanted: dict) -> str | None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from r2.cli import CONFIGS
+    from r2.paths import CONFIGS
 
-    for path in sorted(Path(CONFIGS, group).glob("*.yaml")):
+    for path in sorted((CONFIGS / group).glob("*.yaml")):
         with contextlib.suppress(OmegaConfBaseException):  # its values come from another group: not a default
             option: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
             if all(option.get(key) == value for key, value in wanted.items()):

@@ -1,6 +1,6 @@
 """Figures of records and of trained weights, as SVG and PNG; each file carries the sha256 of what it shows.
 
-    from r2 import figures
+    from r2.report import figures
     figures.collect(Path("outputs/pretrained"), Path("results/weights"), records)
     figures.write(records, Path("results/weights"), Path("results/figures"))
 
@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r2.tables import Protocol, protocol
-from r2.trained import Trained, collect, most_common, read
+from r2.report.tables import Protocol, protocol
+from r2.report.trained import Trained, collect, most_common, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,8 @@ class Planned:
 
 
 def _planned(records: list[dict], weights: Path) -> Iterator[Planned]:
-    from r2 import distributions, folding, tradeoff
+    from r2.report import accuracy, folding, style
+    from r2.report import weights as drawn
 
     models: dict[str, dict[str, Trained]] = defaultdict(dict)
     for trained in read(weights):
@@ -56,20 +57,20 @@ def _planned(records: list[dict], weights: Path) -> Iterator[Planned]:
         if "l2" in regs and ("margin" in regs or "linf" in regs)
     ]
     if pairs:
-        l2, regularized = max(pairs, key=lambda pair: distributions.widest_layer(pair[0]))
-        yield Planned("figure1", [l2.sha256, regularized.sha256], partial(distributions.three_bins, l2, regularized))
+        l2, regularized = max(pairs, key=lambda pair: drawn.widest_layer(pair[0]))
+        yield Planned("figure1", [l2.sha256, regularized.sha256], partial(drawn.three_bins, l2, regularized))
     for model, regs in models.items():
-        shown = [regs[reg] for reg in distributions.ordered(regs)]
-        for name, draw in (("figure2", distributions.layers), ("range", distributions.over_epochs)):
+        shown = [regs[reg] for reg in style.ordered(regs)]
+        for name, draw in (("figure2", drawn.layers), ("range", drawn.over_epochs)):
             yield Planned(f"{name}_{model}", [trained.sha256 for trained in shown], partial(draw, shown))
     comparable = most_common([record for record in records if not protocol(record).changed], protocol)
     base = {protocol(record) for record in comparable}
     weighted = [record for record in records if _but_for_weight(protocol(record)) in base]
     for name, rows, picture in (
         ("accuracy_folding", folding.folding_rows(comparable, weights), folding.accuracy_folding),
-        ("accuracy_bits", tradeoff.bits_rows(comparable), tradeoff.accuracy_bits),
-        ("accuracy_weight", tradeoff.weight_rows(weighted), tradeoff.accuracy_weight),
-        ("accuracy_size", tradeoff.size_rows(comparable), tradeoff.accuracy_size),
+        ("accuracy_bits", accuracy.bits_rows(comparable), accuracy.accuracy_bits),
+        ("accuracy_weight", accuracy.weight_rows(weighted), accuracy.accuracy_weight),
+        ("accuracy_size", accuracy.size_rows(comparable), accuracy.accuracy_size),
     ):
         if rows:
             yield Planned(name, rows, partial(picture, rows))

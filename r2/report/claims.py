@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from scipy.stats import t as student
 
-from r2.tables import FP32, Cells, Column, Protocol, measured, paper
+from r2.report.tables import FP32, Cells, Column, Protocol, measured, paper
 
 CONFIDENCE = 0.95
 TOLERANCE = 1.0  # points of top-1 that count as no loss, or as no difference

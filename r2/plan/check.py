@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from r2 import estimate, store
+from r2 import store
 from r2.config import UserError, build, last_line
 from r2.console import say
 from r2.dist import World, device_count
-from r2.plan import Cell, cell_of
+from r2.plan import cost
+from r2.plan.cells import Cell, cell_of
 from r2.recipe import Recipe
 from r2.stages.stage import Stage
 from r2.train import check_batch
@@ -70,7 +71,7 @@ def check(config: dict) -> None:
         for line in _progress(cell):
             say(line)
     with noting():
-        for line in estimate.describe([cell], None, estimate.speeds_here(config, Path(config["out"]))):
+        for line in cost.describe([cell], None, cost.speeds_here(config, Path(config["out"]))):
             say(line)
     for problem in problems:
         print(f"r2: {problem}", file=sys.stderr)
@@ -98,7 +99,7 @@ def _check_batches(cell: Cell, stage: Stage, recipe: Recipe, world: World) -> No
 
 def _memory(config: dict, recipe: Recipe, world: World) -> str:
     examples = recipe.batch_size // world.size // recipe.accumulate
-    kept, weights = estimate.memory(config, examples)
+    kept, weights = cost.memory(config, examples)
     return (
         f"training in full precision takes about {kept + weights:.2f} GiB of each device, {kept:.2f} of them for "
         f"{examples:,} examples at once (twice the recipe.accumulate halves them)"

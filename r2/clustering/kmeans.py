@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r2.passes import passes_over
+from r2.clustering.passes import passes_over
 
 
 def initial_centroids(vectors: Tensor, k: int, seed: int = 0) -> Tensor:

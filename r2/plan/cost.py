@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from r2 import record
 from r2.config import build
-from r2.data.batches import Inputs
 from r2.hub import need_extra
-from r2.plan import PUBLISHED, Cell, groups
+from r2.models import Inputs
+from r2.paths import RESULTS
+from r2.plan.cells import Cell, groups
 
 # Training images of the published sets: a plan must not need the data.
 _IMAGENET = dict.fromkeys(("imagenet", "imagenet_shards", "imagenet_dali"), 1_281_167)
@@ -205,7 +206,7 @@ def speeds_here(config: dict, *folders: Path | None, given: float | None = None)
     """
     device, devices = "cuda" if given is not None or torch.cuda.is_available() else "cpu", config["devices"]
     processes = max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
-    return Speeds(known_records([PUBLISHED, *folders]), device, processes, given)
+    return Speeds(known_records([RESULTS / "records", *folders]), device, processes, given)
 
 
 def known_records(folders: Iterable[Path | None]) -> list[dict[str, Any]]:

@@ -1,0 +1,16 @@
+"""Where the files stand that r2 reads of its own: in a checkout, or packed into an installed r2."""
+
+from pathlib import Path
+
+_package = Path(__file__).parent
+REPOSITORY = _package.parent
+
+
+def _of(installed: str, checkout: str) -> Path:
+    inside = _package / installed
+    return inside if inside.is_dir() else REPOSITORY / checkout
+
+
+CONFIGS = _of("configs", "configs")
+PAPER = _of("paper", "results/paper")
+RESULTS = REPOSITORY / "results"
