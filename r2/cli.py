@@ -82,7 +82,7 @@ def main(start: Callable[[dict], Any]) -> None:
         except (JobRefused, JobFailed) as end:
             _tell(failures if sweep else [])
             raise SystemExit(2 if isinstance(end, JobRefused) else 1) from None
-        except ValueError as error:  # Hydra's own; the job's do not come here
+        except (*COMPOSE_ERRORS, ValueError) as error:  # Hydra's own; the job's do not come here
             raise UserError(one_line(error)) from None
         except OSError as error:  # Hydra makes the folder of a sweep before its first job
             raise UserError(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from r2 import pack
+from r2.report import table1
 from r2.config import UserError
 from r2.models import mobilenet_v1, mobilenet_v2, resnet18
 from r2.palettize import Palette
@@ -281,7 +282,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_table_1_is_the_paper_s_at_twice_its_labels(tmp_path, capsys):
-    pack.main(["--out", str(tmp_path / "table1.md")])
+    table1.main(["--out", str(tmp_path / "table1.md")])
     text = (tmp_path / "table1.md").read_text()
     assert capsys.readouterr().out == text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
@@ -292,7 +293,7 @@ def test_table_1_is_the_paper_s_at_twice_its_labels(tmp_path, capsys):
 
 
 def test_table_1_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pack, "table1", lambda folder: {(b, a): 1.0 for b in (32, 8, 4, 2, 1) for a in (False, True)})
+    monkeypatch.setattr(table1, "table1", lambda folder: {(b, a): 1.0 for b in (32, 8, 4, 2, 1) for a in (False, True)})
     with pytest.raises(SystemExit) as stop:
-        pack.main(["--out", str(tmp_path / "no" / "table1.md")])
+        table1.main(["--out", str(tmp_path / "no" / "table1.md")])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
