@@ -46,18 +46,22 @@ OmegaConf.register_new_resolver("oc.env", from_environment, replace=True)
 def resolve(cfg: DictConfig, choices: dict) -> dict:
     """The composed config as a plain, checked dict; nothing below sees OmegaConf."""
     check_targets({group: cfg[group].get("_target_") for group in GROUPS})  # before an interpolation trips over one
+    plain = _compose(*(f"{group}={choices[group]}" for group in GROUPS))
+    for group in GROUPS:  # a key and a table's cell hold the option's name, which has to mean what the option says
+        option, own, given = choices[group], plain[group]._target_, cfg[group]._target_
+        if given != own:
+            raise UserError(f"{group}._target_={given}: {group}={option} is {own}; another is an option of its own")
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config.pop("experiment", None)
     config["choices"] = {group: choices.get(group) for group in GROUPS}
     check(config)
-    config["overrides"] = _overrides(cfg, choices)
+    config["overrides"] = _overrides(cfg, plain, choices)
     return config
 
 
-def _overrides(cfg: DictConfig, choices: dict) -> list[str]:
+def _overrides(cfg: DictConfig, plain: DictConfig, choices: dict) -> list[str]:
     """The fewest overrides that compose the same run, however this one was composed."""
     chosen = [f"{group}={choices[group]}" for group in ("data", "model", "reg", "recipe", "stage")]
-    plain = _compose(*chosen)
     changed = []
     for group in ("data", "model", "reg", "recipe", "stage"):
         theirs, ours = (OmegaConf.to_container(c[group], resolve=False) for c in (plain, cfg))

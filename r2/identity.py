@@ -2,25 +2,54 @@
 
 import hashlib
 import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-# Keys that say where and how fast, never what comes out.
-_NOT_RESULT = {"root", "workers"}
+# Never in a key: places and speed, what only feeds the stage's keys (which count themselves), and modules, which move.
+_LEFT_OUT = {"_target_", "root", "workers", "finetune"}
+_CALIBRATION = {"calibration_images", "calibration_examples"}  # a stage reads them, pretraining does not
 
 
-def identity(config: dict, groups: tuple[str, ...] = ("data", "model", "reg", "recipe", "stage")) -> dict:
-    """What can change a result, and nothing else: devices, workers, trackers and places are left out."""
-    kept: dict = {"seed": config["seed"]}
-    for group in groups:
-        kept[group] = {k: v for k, v in config[group].items() if k not in _NOT_RESULT}
-    kept["recipe"].pop("finetune", None)  # only feeds the stage's keys, which count themselves
-    return kept
+@dataclass(frozen=True)
+class Identity:
+    """What names a piece of work.
+
+    Attributes:
+        directory: its own; `label` made unique by `key`.
+        key: eight hex digits of `values`.
+        values: the option names and the values that can change its result, and nothing else. A recipe's name is
+            left out: its values say it all.
+    """
+
+    directory: Path
+    key: str
+    values: dict = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
 
 
-def fingerprint(identified: dict) -> str:
-    """Eight hex digits that name a run's directory."""
-    text = json.dumps(identified, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+def of_run(config: dict, stage: Any) -> Identity:
+    """The run of a checked config and of its built stage."""
+    label = run_name(axes(config, stage))
+    return _identity(config, Path(config["out"]), label, ("data", "model", "reg", "stage"), set())
+
+
+def of_pretraining(config: dict) -> Identity:
+    """The pretraining that the run of a checked config starts from, if its stage needs one."""
+    label = "{data}_{model}_{reg}".format(**config["choices"]) + f"_s{config['seed']}"
+    return _identity(config, Path(config["out"], "pretrained"), label, ("data", "model", "reg"), _CALIBRATION)
+
+
+def _identity(config: dict, parent: Path, label: str, named: tuple[str, ...], unread: set[str]) -> Identity:
+    values: dict = {"seed": config["seed"], "choices": {group: config["choices"][group] for group in named}}
+    for group in (*named, "recipe"):
+        values[group] = {k: v for k, v in config[group].items() if k not in _LEFT_OUT | unread}
+    text = json.dumps(values, sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Identity(parent / f"{label}-{key}", key, values)
 
 
 def axes(config: dict, stage: Any) -> dict:

@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from r2 import store
 from r2.config import build
 from r2.data.batches import Data
 from r2.dist import World, sync_batchnorm
-from r2.identity import fingerprint, identity
+from r2.identity import of_pretraining
 from r2.recipe import Recipe, optimizer_of
 from r2.regularizers import describe
 from r2.store import Run
@@ -25,15 +24,12 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
     Returns:
         the model in evaluation mode on its device, and what is known of it: metrics, seconds, images/s, weights.
     """
-    identified = identity(config, ("data", "model", "reg", "recipe"))
-    key = fingerprint(identified)
-    choices = config["choices"]
-    name = f"{choices['data']}_{choices['model']}_{choices['reg']}_s{config['seed']}-{key}"
-    directory = Path(config["out"]) / "pretrained" / name
+    identity = of_pretraining(config)
+    directory = identity.directory
     if world.main:
         store.make_directory(directory)
     world.barrier()
-    run = Run(directory, key, world, config["seed"], config["checkpoint_seconds"], tracker.log)
+    run = Run(directory, identity.key, world, config["seed"], config["checkpoint_seconds"], tracker.log)
 
     model = _new(config, data, recipe, world)
     finished = directory / "model.pt"
@@ -44,7 +40,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             run.say(f"pretrained: {directory} (finished, not repeated)")
             return model.eval(), {**state["info"], "directory": str(directory)}
         if world.main:
-            store.write_json(directory / "config.json", identified)
+            store.write_json(directory / "config.json", identity.values)
         if recipe.sync_bn:
             model = sync_batchnorm(model, world)
         initial = describe(model)
@@ -65,7 +61,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             "skipped_images": data.count_skipped(),
         }
         if world.main:
-            store.save(finished, {"format": "r2", "key": key, "model": model.state_dict(), "info": info})
+            store.save(finished, {"format": "r2", "key": identity.key, "model": model.state_dict(), "info": info})
             store.remove(run.checkpoint("pretrain"), run.checkpoint("pretrain").with_suffix(".previous"))
         world.barrier()
     return model.eval(), {**info, "directory": str(directory)}

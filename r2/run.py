@@ -6,12 +6,11 @@ python -m r2.run model=mbv2 reg=margin stage=ewgs check=true    # whether it wou
 """
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r2 import cli
 from r2.config import build
-from r2.identity import axes, fingerprint, identity, run_name
+from r2.identity import axes, of_run
 
 if TYPE_CHECKING:
     from r2.dist import World
@@ -37,19 +36,18 @@ def experiment(config: dict, world: "World") -> dict:
     from r2.pretrain import pretrain, untrained
     from r2.trackers import Tracker
 
-    key = fingerprint(identity(config))
     stage, recipe = build(config["stage"]), build(config["recipe"])
-    columns = axes(config, stage)
-    directory = Path(config["out"]) / f"{run_name(columns)}-{key}"
+    columns, identity = axes(config, stage), of_run(config, stage)
+    directory = identity.directory
     if world.main:
         store.make_directory(directory)
     world.barrier()
-    run = store.Run(directory, key, world, config["seed"], config["checkpoint_seconds"], lambda row: None)
+    run = store.Run(directory, identity.key, world, config["seed"], config["checkpoint_seconds"], lambda row: None)
     with store.lock(directory, world, run.say):
         finished = directory / "record.json"
         if world.broadcast(finished.exists() and not config["force"]):
             run.say(f"{directory}: finished before, not repeated (force=true repeats it)")
-            found = record.read(finished, directory.name)
+            found = record.read(finished, identity.name)
         else:
             with contextlib.closing(build(config["data"]).to(world)) as data:
                 run.say(f"{columns['data']}: {data.describe()}")

@@ -344,7 +344,7 @@ def test_going_on_with_other_processes_or_another_torch_is_said(root, tmp_path):
 
 def names(*words):
     (cell,) = planned.cells_of([*SMALL, "stage=ewgs", *words])
-    return cell.name, cell.pretraining
+    return cell.name, cell.pretraining.name
 
 
 @pytest.mark.parametrize("words, same", [

@@ -82,9 +82,8 @@ def test_a_full_disk_is_a_problem(tmp_path, capsys, monkeypatch):
 
 def test_what_exists_is_locked_or_half_done_is_told(tmp_path, capsys):
     of_run = cell(tmp_path)
-    key = of_run.name.rsplit("-", 1)[1]
-    pretraining = tmp_path / "pretrained" / f"fake-{of_run.pretraining}"
-    for directory, owner in ((of_run.directory, key), (pretraining, of_run.pretraining)):
+    pretraining = of_run.pretraining.directory
+    for directory, owner in ((of_run.directory, of_run.run.key), (pretraining, of_run.pretraining.key)):
         directory.mkdir(parents=True)
         state = {"format": "r2", "key": owner, "position": {"epoch": 2, "step": 7}, "w": torch.zeros(100)}
         store.save(directory / "phase.ckpt", state)

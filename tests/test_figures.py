@@ -17,22 +17,23 @@ from r2.report import weights as distributions
 from r2.report.trained import Trained, read
 
 REGS = {
-    "l2": {"_target_": "r2.regularizers.L2", "factor": 1.0},
-    "l2_10x": {"_target_": "r2.regularizers.L2", "factor": 10.0},
-    "linf": {"_target_": "r2.regularizers.LInf", "weight": 0.01, "dim": 1},
-    "margin": {"_target_": "r2.regularizers.Margin", "weight": 0.01, "dim": 1, "lr_mult": 1.0},
+    "l2": {"factor": 1.0},
+    "l2_10x": {"factor": 10.0},
+    "linf": {"weight": 0.01, "dim": 1},
+    "margin": {"weight": 0.01, "dim": 1, "lr_mult": 1.0},
 }
 
 
-def pretraining(folder, reg, seed=0, epochs=2, finished=True, spread=1.0):
+def pretraining(folder, reg, seed=0, epochs=2, finished=True, spread=1.0, **changed):
     """What r2.pretrain leaves of a network of a 3x3, a 1x1 and a linear layer; returns the sha256 it states."""
     folder.mkdir(parents=True)
     config = {
         "seed": seed,
-        "data": {"_target_": "r2.data.memory.fashion_mnist", "image_size": 32},
-        "model": {"_target_": "r2.models.mobilenet_v1", "width_mult": 0.25},
-        "reg": reg,
-        "recipe": {"_target_": "r2.recipe.Recipe", "epochs": epochs},
+        "choices": {"data": "fashion_mnist", "model": "mbv1", "reg": reg},
+        "data": {"image_size": 32},
+        "model": {"width_mult": 0.25},
+        "reg": {**REGS[reg], **changed},
+        "recipe": {"epochs": epochs},
     }
     generator = torch.Generator().manual_seed(seed)
     state = {
@@ -72,7 +73,7 @@ def drawn(tmp_path_factory):
     """Records, collected weights and the figures of both."""
     root = tmp_path_factory.mktemp("figures")
     for reg, spread in (("l2", 9.0), ("margin", 1.0), ("linf", 1.0)):
-        pretraining(root / "pretrained" / reg, REGS[reg], spread=spread)
+        pretraining(root / "pretrained" / reg, reg, spread=spread)
     figures.collect(root / "pretrained", root / "weights")
     records = [record(reg, stage, seed) for reg in ("l2", "smm") for stage in ("none", "ewgs") for seed in (0, 1)]
     paths = figures.write(records, root / "weights", root / "out")
@@ -80,12 +81,12 @@ def drawn(tmp_path_factory):
 
 
 def test_collect_keeps_finished_defaults_of_seed_0(tmp_path):
-    pretraining(tmp_path / "pretrained" / "a", REGS["l2"])
-    pretraining(tmp_path / "pretrained" / "b", REGS["l2_10x"])
-    pretraining(tmp_path / "pretrained" / "c", REGS["linf"], finished=False)
-    pretraining(tmp_path / "pretrained" / "d", REGS["margin"] | {"weight": 0.1})
-    pretraining(tmp_path / "pretrained" / "e", REGS["margin"] | {"dim": 2})
-    pretraining(tmp_path / "pretrained" / "f", REGS["margin"], seed=1)
+    pretraining(tmp_path / "pretrained" / "a", "l2")
+    pretraining(tmp_path / "pretrained" / "b", "l2_10x")
+    pretraining(tmp_path / "pretrained" / "c", "linf", finished=False)
+    pretraining(tmp_path / "pretrained" / "d", "margin", weight=0.1)
+    pretraining(tmp_path / "pretrained" / "e", "margin", dim=2)
+    pretraining(tmp_path / "pretrained" / "f", "margin", seed=1)
     figures.collect(tmp_path / "pretrained", tmp_path / "into")
     names = [f"mbv1-0.25_{reg}.{suffix}" for reg in ("l2", "l2_10x") for suffix in ("csv", "safetensors")]
     assert sorted(path.name for path in (tmp_path / "into").iterdir()) == names
@@ -101,8 +102,8 @@ def test_collect_keeps_finished_defaults_of_seed_0(tmp_path):
 
 def test_collect_takes_one_recipe_and_records_say_which(tmp_path):
     for reg in ("l2", "margin"):
-        pretraining(tmp_path / "pretrained" / reg, REGS[reg], epochs=2)
-    short = pretraining(tmp_path / "pretrained" / "short", REGS["l2"], epochs=1, spread=5.0)
+        pretraining(tmp_path / "pretrained" / reg, reg, epochs=2)
+    short = pretraining(tmp_path / "pretrained" / "short", "l2", epochs=1, spread=5.0)
     figures.collect(tmp_path / "pretrained", tmp_path / "most")
     assert {(t.reg, t.recipe["epochs"]) for t in read(tmp_path / "most")} == {("l2", 2), ("margin", 2)}
     asked = record() | {"sha256": {"pretrained": short}}
@@ -233,17 +234,16 @@ def test_folding_is_collected_of_the_pretrainings_of_records(tmp_path):
     torch.manual_seed(0)
     state = mobilenet_v1(10, 0.25).state_dict()
     state["features.1.1.running_var"][3] = 0
-    config = {"model": {"_target_": "r2.models.mobilenet_v1", "width_mult": 0.25}}
     known = store.digest(state)
     for name in ("known", "other"):
         state["classifier.bias"] += name == "other"
         (tmp_path / "pretrained" / name).mkdir(parents=True)
-        store.write_json(tmp_path / "pretrained" / name / "config.json", config)
         saved = {"format": "r2", "key": "", "model": state, "info": {"sha256": store.digest(state)}}
         store.save(tmp_path / "pretrained" / name / "model.pt", saved)
     rounded = record(stage="none", bits=4, top1=10.0)
     rounded["axes"]["act_bits"] = 8
     rounded |= {"sha256": {"pretrained": known}}
+    rounded["config"]["model"] = {"_target_": "r2.models.mobilenet_v1", "width_mult": 0.25}
     for _ in range(2):  # what is there already stays
         folding.collect(tmp_path / "pretrained", tmp_path / "weights", [rounded])
     ((model, reg, spread, top1),) = folding.folding_rows([rounded], tmp_path / "weights")

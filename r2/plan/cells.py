@@ -16,22 +16,26 @@ from omegaconf import OmegaConf
 from r2 import record
 from r2.compose import composed
 from r2.config import UserError, build
-from r2.identity import axes, fingerprint, identity, run_name
+from r2.identity import Identity, axes, of_pretraining, of_run
 from r2.paths import CONFIGS
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its checked config, its name, and the pretraining that it starts from (None: it needs none)."""
+    """One run: its checked config, its identity and that of the pretraining that it starts from, if it needs one."""
 
     config: dict
     axes: dict
-    name: str
-    pretraining: str | None
+    run: Identity
+    pretraining: Identity | None
+
+    @property
+    def name(self) -> str:
+        return self.run.name
 
     @property
     def directory(self) -> Path:
-        return Path(self.config["out"]) / self.name
+        return self.run.directory
 
     def finished(self, records: Path | None) -> bool:
         """Whether its record lies in its own directory, or in the folder `records`.
@@ -43,8 +47,7 @@ class Cell:
         return any(record.read(path, self.name) for path in places if path.exists())
 
     def pretrained(self) -> bool:
-        found = Path(self.config["out"], "pretrained").glob(f"*-{self.pretraining}/model.pt")
-        return self.pretraining is None or any(found)
+        return self.pretraining is None or (self.pretraining.directory / "model.pt").exists()
 
 
 def experiments() -> dict[str, Path]:
@@ -118,15 +121,14 @@ def _seed(text: str) -> int:
 def cell_of(config: dict) -> Cell:
     """The run of a checked config."""
     stage = build(config["stage"])
-    columns = axes(config, stage)
-    of_pretraining = fingerprint(identity(config, ("data", "model", "reg", "recipe")))
-    name = f"{run_name(columns)}-{fingerprint(identity(config))}"
-    return Cell(config, columns, name, None if stage.from_scratch else of_pretraining)
+    return Cell(
+        config, axes(config, stage), of_run(config, stage), None if stage.from_scratch else of_pretraining(config)
+    )
 
 
 def groups(planned: Iterable[Cell]) -> list[list[Cell]]:
     """Cells that share a pretraining together, in order; a cell without one stands alone."""
-    found: dict[str, list[Cell]] = defaultdict(list)
+    found: dict[Identity, list[Cell]] = defaultdict(list)
     for cell in planned:
-        found[cell.pretraining or cell.name].append(cell)
+        found[cell.pretraining or cell.run].append(cell)
     return list(found.values())

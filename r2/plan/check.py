@@ -20,6 +20,7 @@ from r2 import store
 from r2.config import UserError, build, last_line
 from r2.console import say
 from r2.dist import World, device_count
+from r2.identity import Identity
 from r2.plan import cost
 from r2.plan.cells import Cell, cell_of
 from r2.recipe import Recipe
@@ -144,18 +145,19 @@ def _progress(cell: Cell) -> Iterator[str]:
         again = "is repeated because of force=true" if cell.config["force"] else "is not repeated (force=true does it)"
         yield f"run: {cell.directory} is finished and {again}"
     if not finished or cell.config["force"]:
-        yield from _state(cell, "run", cell.directory, cell.name.rsplit("-", 1)[1])
-    for directory in Path(cell.config["out"], "pretrained").glob(f"*-{cell.pretraining}"):
-        run = yield from _state(cell, "pretraining", directory, directory.name.rsplit("-", 1)[1])
-        if (directory / "model.pt").exists():
+        yield from _state("run", cell.run, cell.config["seed"])
+    if cell.pretraining is not None:
+        run = yield from _state("pretraining", cell.pretraining, cell.config["seed"])
+        if cell.pretrained():
             run.finished()
 
 
-def _state(cell: Cell, what: str, directory: Path, key: str) -> Generator[str, None, store.Run]:
+def _state(what: str, identity: Identity, seed: int) -> Generator[str, None, store.Run]:
+    directory = identity.directory
     held_by = store.holder(directory)
     if held_by:
         yield f"{what}: {held_by} is working on {directory}; the run waits for it"
-    run = store.Run(directory, key, World(), cell.config["seed"], 0, lambda row: None)
+    run = store.Run(directory, identity.key, World(), seed, 0, lambda row: None)
     for checkpoint in sorted(directory.glob("*.ckpt")):
         state = run.resume(checkpoint.stem)
         if state is not None:

@@ -6,7 +6,6 @@ variance, so its scale is gamma / sqrt(eps), hundreds of times the others', what
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +45,21 @@ def _over_median(sizes: Tensor) -> float:
 @torch.no_grad()
 def collect(pretrained: Path, into: Path, records: list[dict]) -> None:
     """Write into/folding.csv: the most uneven folded layer of each pretraining that `records` were made from."""
-    classes = {r["sha256"]["pretrained"]: r["config"] for r in records if r["sha256"]["pretrained"]}
+    configs = {r["sha256"]["pretrained"]: r["config"] for r in records if r["sha256"]["pretrained"]}
     rows = {}
     for directory in sorted(path.parent for path in pretrained.glob("*/model.pt")):
         state = store.load(directory / "model.pt", "model", "info")
         sha256 = state["info"]["sha256"]
-        if sha256 not in classes or not any(w.ndim == 4 for w in state["model"].values()):
+        if sha256 not in configs or not any(w.ndim == 4 for w in state["model"].values()):
             continue  # another recipe's, or a network without a convolution
         last = [w for w in state["model"].values() if w.ndim == 2][-1]
-        model = build(json.loads((directory / "config.json").read_text())["model"], num_classes=len(last))
+        model = build(configs[sha256]["model"], num_classes=len(last))
         model.load_state_dict(state["model"])
         name, values = max(spreads(model).items(), key=lambda item: item[1][1])
         rows[sha256] = dict(zip(NAMES, (sha256, name, *(f"{v:.4g}" for v in values)), strict=True))
     path = into / "folding.csv"
     kept = {row["sha256"]: row for row in csv.DictReader(path.read_text().splitlines())} if path.exists() else {}
-    rows = {sha256: row for sha256, row in (kept | rows).items() if sha256 in classes}
+    rows = {sha256: row for sha256, row in (kept | rows).items() if sha256 in configs}
     if rows:
         text = io.StringIO()
         writer = csv.DictWriter(text, NAMES, lineterminator="\n")

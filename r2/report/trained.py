@@ -1,6 +1,5 @@
 """What the figures show of a pretraining: the weights of some layers, and the curve of all, in two small files."""
 
-import contextlib
 import csv
 import hashlib
 import json
@@ -81,29 +80,24 @@ def collect(pretrained: Path, into: Path, records: list[dict] | None = None) -> 
 
 
 def _described(config: dict) -> dict | None:
-    """A pretraining by the names of its options; None unless it has seed 0 and a regularizer's default config."""
-    reg = _option("reg", config["reg"])
-    if reg is None or config["seed"] != 0:
+    """A pretraining by the names of its options; None unless it has seed 0 and the values of configs/reg."""
+    choices = config.get("choices")  # an older version wrote none
+    if choices is None or config["seed"] != 0 or config["reg"] != _default(choices["reg"]):
         return None
-    data, model = (_option(group, {"_target_": config[group]["_target_"]}) for group in ("data", "model"))
-    name = model_name(model or "unnamed", config["model"].get("width_mult"))
-    epochs = config["recipe"]["epochs"]
-    return {"data": data, "model": name, "reg": reg, "seed": 0, "epochs": epochs, "recipe": config["recipe"]}
+    name = model_name(choices["model"], config["model"].get("width_mult"))
+    names = {"data": choices["data"], "model": name, "reg": choices["reg"]}
+    return {**names, "seed": 0, "epochs": config["recipe"]["epochs"], "recipe": config["recipe"]}
 
 
-def _option(group: str, wanted: dict) -> str | None:
-    """The option of a config group that has the values of `wanted`."""
+def _default(reg: str) -> dict | None:
+    """The values of an option of configs/reg; None of one that is not there."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     from r2.paths import CONFIGS
 
-    for path in sorted((CONFIGS / group).glob("*.yaml")):
-        with contextlib.suppress(OmegaConfBaseException):  # its values come from another group: not a default
-            option: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-            if all(option.get(key) == value for key, value in wanted.items()):
-                return path.stem
-    return None
+    path = CONFIGS / "reg" / f"{reg}.yaml"
+    option: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True) if path.exists() else None
+    return option and {key: value for key, value in option.items() if key != "_target_"}
 
 
 def _comparable(items: list[T], described: Callable[[T], dict]) -> list[T]:
