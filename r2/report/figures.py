@@ -138,7 +138,7 @@ def _shows(path: Path, sha256: str) -> bool:
 
 
 def _style() -> dict[Any, Any]:
-    from r2.distributions import INK
+    from r2.report.style import INK
 
     return {
         "font.size": 10,
