@@ -31,10 +31,9 @@ class Identity:
         return self.directory.name
 
 
-def of_run(config: dict, stage: Any) -> Identity:
-    """The run of a checked config and of its built stage."""
-    label = run_name(axes(config, stage))
-    return _identity(config, Path(config["out"]), label, ("data", "model", "reg", "stage"), set())
+def of_run(config: dict, axes: dict) -> Identity:
+    """The run of a checked config, and of its axes."""
+    return _identity(config, Path(config["out"]), run_name(axes), ("data", "model", "reg", "stage"), set())
 
 
 def of_pretraining(config: dict) -> Identity:

@@ -14,7 +14,7 @@ from typing import Any
 from r2.config import UserError
 from r2.paths import REPOSITORY
 
-SCHEMA = 1
+SCHEMA = 2
 _PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn", "transformers")
 
 
@@ -118,8 +118,11 @@ def read(path: Path, name: str | None = None) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not a record ({error}); move it away to run again") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise UserError(f"{path}: is not a record of this version of r2; move it away to run again")
-    if found.get("digest", _digest(found)) != _digest(found):  # the oldest have none
+        raise UserError(
+            f"{path}: is not a record of this version of r2; scripts/convert_records.py converts those of an earlier "
+            "one, or move it away to run again"
+        )
+    if found.get("digest") != digest(found):
         raise UserError(f"{path}: altered after it was written (sha256); move it away to run again")
     if name is not None and found["name"] != name:
         raise UserError(f"{path}: is the record of {found['name']}; move it away to run again")
@@ -137,9 +140,9 @@ def make(
     world: Any,
 ) -> dict:
     """Gather a run's record; `result` is what its stage returned."""
+    from r2 import store
     from r2.pack import size
     from r2.regularizers import describe
-    from r2.store import digest, sha256_of
 
     packed = directory / "model.safetensors"
     found = finite(
@@ -174,20 +177,21 @@ def make(
             },
             "sha256": {
                 "pretrained": pretrained["sha256"],
-                "final": digest(model.state_dict()),
-                "packed": sha256_of(packed) if packed.exists() else None,  # rank 0 writes it
+                "final": store.digest(model.state_dict()),
+                "packed": store.sha256_of(packed) if packed.exists() else None,  # rank 0 writes it
             },
             "command": command(config),
+            "overrides": config["overrides"],
             "config": {k: v for k, v in config.items() if k not in ("choices", "overrides")},
             "choices": config["choices"],
             **provenance(world.device),
         }
     )
     found = json.loads(json.dumps(found, default=str))  # as it will be read
-    return {**found, "digest": _digest(found)}
+    return {**found, "digest": digest(found)}
 
 
-def _digest(found: dict) -> str:
+def digest(found: dict) -> str:
     """sha256 of a record without its own; a change by hand, or a merge, shows."""
     text = json.dumps({key: value for key, value in found.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -37,7 +37,8 @@ def experiment(config: dict, world: "World") -> dict:
     from r2.trackers import Tracker
 
     stage, recipe = build(config["stage"]), build(config["recipe"])
-    columns, identity = axes(config, stage), of_run(config, stage)
+    columns = axes(config, stage)
+    identity = of_run(config, columns)
     directory = identity.directory
     if world.main:
         store.make_directory(directory)

@@ -64,7 +64,7 @@ def record(reg="l2", stage="ewgs", seed=0, bits=2, top1=50.0, recipe="study", di
         "choices": {"data": "fashion_mnist", "recipe": recipe},
         "config": {"recipe": {"epochs": 2, "finetune": {"epochs": 1}}, "reg": {"weight": weight}},
         "sha256": {"pretrained": None},
-        "command": "python -m r2.run" + (f" reg.weight={weight}" if weight != 0.01 else ""),
+        "overrides": [f"reg.weight={weight}"] if weight != 0.01 else [],
     }
 
 

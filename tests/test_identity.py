@@ -5,7 +5,7 @@ from hydra import initialize_config_dir
 
 from r2 import compose
 from r2.config import UserError, build
-from r2.identity import of_pretraining, of_run
+from r2.identity import axes, of_pretraining, of_run
 from r2.plan.cells import cells_of
 
 GROUPS = ("data", "model", "reg", "recipe", "stage", "tracker")
@@ -33,7 +33,7 @@ def perturbed(config, group, key):
 
 
 def keys(config, stage):
-    return of_pretraining(config).key, of_run(config, stage).key
+    return of_pretraining(config).key, of_run(config, axes(config, stage)).key
 
 
 @pytest.mark.parametrize("group, option", [(group, option) for group in GROUPS for option in options(group)])

@@ -14,6 +14,7 @@ from conftest import ENV
 from test_shards import encoded, photographs, prepare
 
 from r2 import compose, pack
+from r2.data.facts import FACTS
 from r2.plan import cost
 from r2.plan.cells import cells_of
 from r2.report import tables
@@ -54,7 +55,7 @@ def test_what_its_header_expects_is_the_papers_and_what_is_counted(model, number
     kept, weights = cost.memory(cell.config, 2048 // 8)
     assert f"about {kept + weights:.1f} GiB of each of 8 GPUs as check=true counts it, {kept:.1f} of them" in text
     speed, hours, on_eight = re.search(r"At ([\d,]+) images/s.*: (\d+) GPU-hours, ([\d.]+) h on 8\.", text).groups()
-    seconds = 300 * cost.TRAIN_IMAGES["imagenet"] / float(speed.replace(",", ""))
+    seconds = 300 * FACTS["imagenet"].train_images / float(speed.replace(",", ""))
     assert (hours, on_eight) == (f"{seconds / 3600:.0f}", f"{seconds / 3600 / 8:.1f}")
 
 
@@ -93,7 +94,7 @@ def check(out):
         model = pack.load(out / record["name"] / "model.safetensors")
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             assert torch.isfinite(model(torch.randn(1, 3, 32, 32))).all()
-        whole = {**record, "command": "python -m r2.run data=imagenet model=mbv1"}  # too few images are enough
+        whole = {**record, "overrides": ["data=imagenet", "model=mbv1"]}  # too few images are enough
         assert not tables.protocol(record).full and not tables.protocol(whole).full
     text = next(out.glob("*/tables.md")).read_text()
     title = text.partition("\n")[0]

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_tables import none, record
+from test_tables import none, record, sealed
 
 from r2.record import read_all
 from r2.report import claims, figures, page, tables
@@ -25,7 +25,7 @@ def folder(tmp_path):
     for i, found in enumerate(records):
         found |= {"versions": {"torch": "2"}, "device": {"type": "cpu", "threads": 1}, "commit": "0123456789"}
         found |= {"sha256": {"pretrained": "f"}, "seconds": {}, "size": {"file_mib": 0.1, "bits_per_weight": 4.0}}
-        (tmp_path / "records" / f"{i}.json").write_text(json.dumps(found))
+        (tmp_path / "records" / f"{i}.json").write_text(json.dumps(sealed(found)))
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "notes.md").write_text("A *finding* <script>alert(1)</script>")
     page.write(tmp_path)

@@ -1,10 +1,11 @@
 import json
+import shlex
 
 import pytest
 
 from r2 import store
 from r2.config import UserError
-from r2.record import SCHEMA, _digest, read, read_all
+from r2.record import SCHEMA, digest, read, read_all
 from r2.report import claims, page, tables
 from r2.report.tables import FP32, Column
 
@@ -16,6 +17,7 @@ def record(
     train_images=1_281_167, name="a-00000000",
 ):  # fmt: skip
     """As much of a record as the tables read."""
+    overrides = [f"data={data}", f"reg={reg}", f"seed={seed}", *command.split()]
     return {
         "schema": SCHEMA,
         "name": name,
@@ -25,8 +27,15 @@ def record(
         "fp32": {"top1": fp32} if fp32 is not None else None,
         "choices": {"data": data, "recipe": data},
         "config": {"recipe": {"epochs": 3, "finetune": {"epochs": 2}}, "reg": {"weight": 0.01}},
-        "command": f"python -m r2.run data={data} reg={reg} seed={seed} {command}",
+        "command": shlex.join(["python", "-m", "r2.run", *overrides]),
+        "overrides": overrides,
     }
+
+
+def sealed(found):
+    """As it lies in a file, with its digest."""
+    found = json.loads(json.dumps(found))
+    return {**found, "digest": digest(found)}
 
 
 def test_seeds_give_mean_and_standard_deviation():
@@ -49,7 +58,7 @@ def test_mobilebert_on_qnli_stands_in_table_7():
     full = record(top1=62.0, column=Column("dkm", 1, None, 1), **common)
     two_bits = record(top1=82.0, column=Column("dkm", 2, None, 1), **common)
     assert "| 90.00 [90.66] | 62.00 [63.17] | 82.00 [82.13] |" in tables.markdown([full, two_bits])
-    other = full | {"command": "python -m r2.run data=qnli model=mobilebert model.source=DIR"}
+    other = full | {"overrides": ["data=qnli", "model=mobilebert", "model.source=DIR"]}
     assert "[63.17]" not in tables.markdown([other])
 
 
@@ -127,7 +136,7 @@ def test_tables_of_a_moved_folder_are_the_same(tmp_path):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     for run in ("run-0", "run-1"):
         (out / run).mkdir(parents=True)
-        store.write_json(out / run / "record.json", record(reg="l2" if run == "run-0" else "margin"))
+        store.write_json(out / run / "record.json", sealed(record(reg="l2" if run == "run-0" else "margin")))
     before = [render(read_all(out)) for render in tables.WRITTEN.values()]
     out.rename(elsewhere)
     (elsewhere / "run-0").rename(elsewhere / "z")
@@ -138,7 +147,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    store.write_json(tmp_path / "a.json", record())
+    store.write_json(tmp_path / "a.json", sealed(record()))
     with monkeypatch.context() as patch:
         patch.setattr("tempfile.TemporaryFile", read_only)  # no permission stops a test that runs as root
         with pytest.raises(UserError, match=r"cannot write to .*digits \(Read-only file system\)"):
@@ -150,17 +159,16 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
 
 
 def test_a_record_that_was_altered_or_is_anothers_is_named(tmp_path):
-    path, found = tmp_path / "record.json", json.loads(json.dumps(record(name="a-1")))
-    sealed = {**found, "digest": _digest(found)}
-    path.write_text(json.dumps(sealed))
-    assert read(path, "a-1") == sealed
+    path, found = tmp_path / "record.json", sealed(record(name="a-1"))
+    path.write_text(json.dumps(found))
+    assert read(path, "a-1") == found
     with pytest.raises(UserError, match="record.json: is the record of a-1"):
         read(path, "b-2")
-    sealed["metrics"]["top1"] = 99.0
-    path.write_text(json.dumps(sealed))
+    found["metrics"]["top1"] = 99.0
+    path.write_text(json.dumps(found))
     with pytest.raises(UserError, match="record.json: altered after it was written"):
         read(path)
-    path.write_text(json.dumps(sealed)[:100])
+    path.write_text(json.dumps(found)[:100])
     with pytest.raises(UserError, match="record.json: is not a record"):
         read(path)
 

@@ -121,9 +121,8 @@ def _seed(text: str) -> int:
 def cell_of(config: dict) -> Cell:
     """The run of a checked config."""
     stage = build(config["stage"])
-    return Cell(
-        config, axes(config, stage), of_run(config, stage), None if stage.from_scratch else of_pretraining(config)
-    )
+    columns = axes(config, stage)
+    return Cell(config, columns, of_run(config, columns), None if stage.from_scratch else of_pretraining(config))
 
 
 def groups(planned: Iterable[Cell]) -> list[list[Cell]]:

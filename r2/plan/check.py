@@ -19,6 +19,7 @@ from torch import nn
 from r2 import store
 from r2.config import UserError, build, last_line
 from r2.console import say
+from r2.data.facts import facts
 from r2.dist import World, device_count
 from r2.identity import Identity
 from r2.plan import cost
@@ -39,7 +40,7 @@ def check(config: dict) -> None:
         UserError: the run would not start.
     """
     cell, stage, recipe = cell_of(config), build(config["stage"]), build(config["recipe"])
-    world, classes = World(device=_device()), 1000
+    world, classes = World(device=_device()), facts(config).num_classes or 1000
     problems: list[str] = []
 
     @contextlib.contextmanager

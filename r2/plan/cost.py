@@ -12,15 +12,12 @@ from torch.nn import functional as F
 
 from r2 import record
 from r2.config import build
+from r2.data.facts import facts
 from r2.hub import need_extra
 from r2.models import Inputs
 from r2.paths import RESULTS
 from r2.plan.cells import Cell, groups
 
-# Training images of the published sets: a plan must not need the data.
-_IMAGENET = dict.fromkeys(("imagenet", "imagenet_shards", "imagenet_dali"), 1_281_167)
-TRAIN_IMAGES = {"digits": 1437, "fashion_mnist": 60_000, "cifar10": 50_000, "imagenette": 9_469, "qnli": 104_743,
-                **_IMAGENET}  # fmt: skip
 UNKNOWN = "unknown"
 
 
@@ -71,9 +68,9 @@ class Speeds:
         return (rate.seconds, rate.source) if rate and rate.seconds else self._training(rate, cell, epochs)
 
     def _training(self, rate: Rate | None, cell: Cell, epochs: int) -> tuple[float, str]:
-        if rate is None or not rate.images_per_second:
+        images = facts(cell.config).train_images
+        if rate is None or not rate.images_per_second or images is None:
             return 0.0, UNKNOWN
-        images = TRAIN_IMAGES.get(cell.axes["data"], cell.config["data"].get("train_images", 0))
         return epochs * images / rate.images_per_second, rate.source
 
     def machine(self) -> str:
@@ -142,9 +139,10 @@ def _example(config: dict, batch: int, device: str) -> tuple[nn.Module, Inputs, 
             model = network(2, {"classifier_activation": False})  # the published one; a plan downloads nothing
         ones = torch.ones(batch, config["data"]["max_length"], dtype=torch.long, device=device)
         return model.train(), {"input_ids": ones, "attention_mask": ones, "token_type_ids": ones}, labels
-    size, classes = config["data"]["image_size"], 1000 if "imagenet" in config["choices"]["data"] else 10
+    known = facts(config)
+    size = known.image_size or 224
     with torch.device(device):
-        model = build(config["model"], num_classes=classes)
+        model = build(config["model"], num_classes=known.num_classes or 1000)  # where unknown: it hardly counts
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     return model.train(), images, labels
 

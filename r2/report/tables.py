@@ -7,12 +7,12 @@ Under any smaller study the paper's table is printed apart, with its own title.
 import csv
 import io
 import math
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from r2.config import UserError
+from r2.data.facts import FACTS
 from r2.paths import PAPER
 
 REGULARIZERS = {
@@ -29,9 +29,7 @@ _AXES = {"data", "model", "model.width_mult", "reg", "recipe", "stage", "stage.b
 _PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds", "dist_timeout_seconds", "data.root",
            "data.workers"}  # fmt: skip
 # Examples of the paper's data sets, ImageNet read in three ways: fewer of them are another study.
-_IMAGENET = {"training": 1_281_167, "validation": 50_000}
-WHOLE = {**dict.fromkeys(("imagenet", "imagenet_shards", "imagenet_dali"), _IMAGENET),
-         "qnli": {"training": 104_743, "validation": 5_463}}  # fmt: skip
+_OF_PAPER = {"imagenet", "imagenet_shards", "imagenet_dali", "qnli"}
 
 
 class Column(NamedTuple):
@@ -96,17 +94,18 @@ class Protocol(NamedTuple):
     @property
     def full(self) -> bool:
         """The paper's own: all of its data, nothing changed."""
-        return self.data == self.recipe and self.data in WHOLE and not self.changed
+        return self.data == self.recipe and self.data in _OF_PAPER and not self.changed
 
 
 def protocol(record: dict) -> Protocol:
     recipe = record["config"]["recipe"]
-    overrides = [word.partition("=") for word in shlex.split(record["command"]) if "=" in word]
+    overrides = [word.partition("=") for word in record["overrides"]]
     changed = sorted(f"{key}={value}" for key, _, value in overrides if key not in _AXES | _PLACES)
     data = record["choices"]["data"]
-    seen = {"training": record.get("train_images"), "validation": record["metrics"]["images"]}
-    if data in WHOLE:
-        changed += [f"{seen[split]} {split} images" for split, whole in WHOLE[data].items() if seen[split] != whole]
+    if data in _OF_PAPER:
+        seen = {"training": record.get("train_images"), "validation": record["metrics"]["images"]}
+        whole = {"training": FACTS[data].train_images, "validation": FACTS[data].val_images}
+        changed += [f"{count} {split} images" for split, count in seen.items() if count != whole[split]]
     return Protocol(data, record["choices"]["recipe"], recipe["epochs"], recipe["finetune"]["epochs"], tuple(changed))
 
 

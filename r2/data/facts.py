@@ -1,0 +1,36 @@
+"""What is known of every data set without reading it: counts, classes, image size. A plan and a table need no data."""
+
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a data set as its option in configs/data has it; None where only the data tell, or where there are no images.
+
+    The names are those of the keys that change them, and of `r2.data.batches.Data`.
+    """
+
+    train_images: int | None = None
+    val_images: int | None = None
+    num_classes: int | None = None
+    image_size: int | None = None
+
+
+_IMAGENET = Facts(1_281_167, 50_000, 1000, 224)
+FACTS = {
+    "digits": Facts(1433, 364, 10, 32),
+    "fashion_mnist": Facts(60_000, 10_000, 10, 32),
+    "cifar10": Facts(50_000, 10_000, 10, 32),
+    "imagenette": Facts(9_469, 3_925, 10, 128),
+    "imagenet": _IMAGENET,
+    "imagenet_shards": _IMAGENET,
+    "imagenet_dali": _IMAGENET,
+    "qnli": Facts(104_743, 5_463, 2),
+    "fake": Facts(256, 100, 10, 32),
+}
+
+
+def facts(config: dict) -> Facts:
+    """Of the data of a checked config; of an option that r2 does not know, what its keys say."""
+    said = {field.name: config["data"][field.name] for field in fields(Facts) if field.name in config["data"]}
+    return replace(FACTS.get(config["choices"]["data"], Facts()), **said)
