@@ -131,8 +131,9 @@ class _Source:
                 origin = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
                 self.imported |= {one.asname or one.name: f"{origin}.{one.name}" for one in node.names}
         names = {name: full.rpartition(".") for name, full in self.imported.items()}
-        self.types = {name: getattr(importlib.import_module(origin), own, Any)
-                      for name, (origin, _, own) in names.items() if origin in ("typing", __name__)}  # fmt: skip
+        known = {name: getattr(importlib.import_module(origin), own, Any)
+                 for name, (origin, _, own) in names.items() if origin in ("typing", __name__)}  # fmt: skip
+        self.types = globals() if module == __name__ else known
 
     def type_of(self, annotation: ast.expr | None) -> Any:
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):  # a quoted one
