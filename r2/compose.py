@@ -210,8 +210,9 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         lines = [line for line in error.message.splitlines() if not line.startswith(("Lexer", "Error", "See", " "))]
-        why = f" ({lines[0]})" if lines else ""
-        quoted = shlex.quote(f"{key}={QuotedString(value, Quote.single).with_quotes()}")
+        why = f" ({re.sub(r'^HydraException while evaluating .*?: ', '', lines[0])})" if lines else ""
+        quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+        quoted = shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'  # the second is the legible one
         return f"{error.override}: Hydra does not read this{why}; a text with special characters is quoted: {quoted}"
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]

@@ -45,7 +45,7 @@ MISTAKES = {
     "stage=[ewgs,lsq]": "stage",
     "model.width_mult=${nope}": "'nope' not found",
     "recipe.lr={": "no viable alternative",
-    "out=runs/lr=0.1": "is quoted: 'out='\"'\"'runs/lr=0.1'\"'\"''",
+    "out=runs/lr=0.1": "is quoted: \"out='runs/lr=0.1'\"",
     "out=a;b": "is quoted",
     "--config-dir nowhere": "--config-dir nowhere: there is no such folder",
 }
