@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from r2.compose import COMPOSE_ERRORS, check_sweep, one_line, resolve, sweep_words
+from r2.compose import COMPOSE_ERRORS, check_sweep, one_line, resolve, sweep_words, words_of
 from r2.config import UserError, last_line
 from r2.paths import CONFIGS
 
@@ -59,7 +59,7 @@ def main(start: Callable[[dict], Any]) -> None:
         context = HydraConfig.get()
         words = " ".join(map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ()))
         try:
-            return start(resolve(cfg, dict(context.runtime.choices)))
+            return start(resolve(cfg, context))
         except (UserError, OmegaConfBaseException) as error:
             failures.append(f"{words} ({refuse(error)})")
             if context.mode == RunMode.RUN:
@@ -70,9 +70,10 @@ def main(start: Callable[[dict], Any]) -> None:
             failures.append(f"{words} ({type(error).__name__}, see above)")
             raise JobFailed from error
 
-    if sweep:  # Hydra knows the flag only in front of the keys
-        sys.argv[1:] = ["-m", *sweep_words([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])]
     with refusals():
+        sys.argv[1:] = words_of(sys.argv[1:])
+        if sweep:  # Hydra knows the flag only in front of the keys
+            sys.argv[1:] = ["-m", *sweep_words([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])]
         if any("_target_" in word and word.lstrip("+").startswith("hydra") for word in sys.argv[1:]):
             raise UserError("hydra's own _target_ is not the command line's to change")
         try:

@@ -4,13 +4,17 @@ import difflib
 import functools
 import itertools
 import os
+import re
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -18,6 +22,7 @@ from yaml import YAMLError
 from r2.config import GROUPS, UserError, build, check, check_targets, unknown_key
 from r2.paths import CONFIGS
 
+_SEARCHPATH = "hydra.searchpath="
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -43,19 +48,28 @@ OmegaConf.register_new_resolver("by_model", by_model, replace=True)
 OmegaConf.register_new_resolver("oc.env", from_environment, replace=True)
 
 
-def resolve(cfg: DictConfig, choices: dict) -> dict:
-    """The composed config as a plain, checked dict; nothing below sees OmegaConf."""
+def resolve(cfg: DictConfig, of_hydra: Any) -> dict:
+    """The composed config as a plain, checked dict; nothing below sees OmegaConf.
+
+    Args:
+        of_hydra: Hydra's own config, which knows what was chosen, and where options of the user's own lie.
+    """
+    choices = dict(of_hydra.runtime.choices)
+    places = [word for word in of_hydra.overrides.hydra if word.startswith(_SEARCHPATH)]
     check_targets({group: cfg[group].get("_target_") for group in GROUPS})  # before an interpolation trips over one
-    plain = _compose(*(f"{group}={choices[group]}" for group in GROUPS))
+    for group in GROUPS:
+        if not isinstance(choices.get(group), str):  # Hydra also takes a list of options
+            raise UserError(f"{group}: takes one option, as {group}=NAME; for several runs: -m {group}=ONE,OTHER")
+    plain = _compose(*places, *(f"{group}={choices[group]}" for group in GROUPS))
     for group in GROUPS:  # a key and a table's cell hold the option's name, which has to mean what the option says
         option, own, given = choices[group], plain[group]._target_, cfg[group]._target_
         if given != own:
             raise UserError(f"{group}._target_={given}: {group}={option} is {own}; another is an option of its own")
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config.pop("experiment", None)
-    config["choices"] = {group: choices.get(group) for group in GROUPS}
+    config["choices"] = {group: choices[group] for group in GROUPS}
     check(config)
-    config["overrides"] = _overrides(cfg, plain, choices)
+    config["overrides"] = [*places, *_overrides(cfg, plain, choices)]
     return config
 
 
@@ -87,14 +101,62 @@ def _differences(plain: dict, cfg: dict, solved: dict, prefix: str) -> list[str]
 
 
 def _word(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value as the command line takes it, quoted where Hydra would read something else."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_word(v)}" for key, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_escaped(str(key))}: {_word(v)}" for key, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_word(v) for v in value) + "]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return str(value)
+    if not isinstance(value, str):
+        return str(value)
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf's escape of what looks like an interpolation
+    try:
+        plain = OverridesParser.create().parse_override(f"key=[{text}]").value() == [value]
+    except HydraException:
+        plain = False
+    return text if plain else QuotedString(text, Quote.single).with_quotes()
+
+
+def _escaped(key: str) -> str:
+    """A key inside braces, where Hydra takes no quotes."""
+    return re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", key)
+
+
+def words_of(arguments: list[str]) -> list[str]:
+    """The command line with `--config-dir DIR` as a key, which a record can hold and a plan takes, and with ~ expanded.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        flag, equals, folder = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folder = folder if equals else next(rest, "")
+            if not Path(folder).expanduser().is_dir() or not folder:
+                raise UserError(f"--config-dir {folder}: there is no such folder")
+            words.append(_SEARCHPATH + _word([f"file://{Path(folder).expanduser().resolve()}"]))
+        elif equals and not flag.startswith("-") and folder.startswith("~"):
+            words.append(f"{flag}={_word(os.path.expanduser(folder))}")
+        else:
+            words.append(word)
+    return words
+
+
+def grid(words: Iterable[str]) -> dict[str, list[str]]:
+    """Key to its words, one of each value, as Hydra's sweeper takes them: the last word of a key counts.
+
+    Inside an initialized Hydra.
+    """
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(list(words))
+    keys = [(axis.get_key_element(), axis) for axis in parsed]
+    return {
+        key: [f"{key}={value}" for value in axis.sweep_string_iterator()] if axis.is_sweep_override()
+        else [str(axis.input_line)]
+        for key, axis in keys
+    }  # fmt: skip
 
 
 def sweep_words(words: list[str]) -> list[str]:
@@ -116,28 +178,18 @@ def check_sweep(words: list[str]) -> None:
     Raises:
         UserError: a value that a job does not take.
     """
-    parsed = OverridesParser.create().parse_override
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        fixed = [word for word in words if not parsed(word).is_sweep_override()]
+        fixed = [word for of_key in grid(words).values() for word in of_key if word in words]
         experiment = hydra.compose("config", fixed, return_hydra_config=True).hydra.sweeper.params or {}
-        axes = {}
-        for word in [*(f"{key}={value}" for key, value in experiment.items()), *words]:
-            axis = parsed(word)
-            if isinstance(axis.value(), Glob):
-                return  # Hydra's sweeper alone knows its options: each job is checked when its turn comes
-            key, swept = axis.get_key_element(), axis.is_sweep_override()
-            axes[key] = [f"{key}={value}" for value in axis.sweep_string_iterator()] if swept else [word]
-        for job in itertools.product(*axes.values()):
+        for job in itertools.product(*grid([*(f"{k}={v}" for k, v in experiment.items()), *words]).values()):
             build(composed(job)["stage"])
 
 
 def composed(overrides: Iterable[str]) -> dict:
     """The checked config of one run; inside an initialized Hydra."""
     cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
-    choices = dict(cfg.hydra.runtime.choices)
     OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return resolve(cfg, choices)
+    return resolve(cfg, cfg.pop("hydra"))
 
 
 def one_line(error: BaseException) -> str:
@@ -147,16 +199,21 @@ def one_line(error: BaseException) -> str:
         parent, prefix = cause.parent_node, str(cause.full_key).rpartition(".")[0]  # type: ignore[attr-defined]
         options = [f"{prefix}.{key}" if prefix else str(key) for key in parent if key not in ("hydra", "_target_")]
         return unknown_key(str(cause.full_key), options)  # type: ignore[attr-defined]
-    text = str(error)
-    if "Available options in" in text:
-        head, _, rest = text.partition("Available options in")
-        group, _, names = rest.partition(":")
-        options = names.split("Config search path")[0].split()
-        wanted = head.strip().rsplit("/", 1)[-1].strip("'")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        missing = error.missing_cfg_file
+        group, _, wanted = missing.rpartition("/") if missing.startswith("hydra/") else missing.partition("/")
         if wanted.startswith("submitit_"):
             return "hydra/launcher: Hydra's submitit launcher is not installed; pip install 'r2[cluster]'"
-        close = difflib.get_close_matches(wanted, options, n=1)
+        close = difflib.get_close_matches(wanted, error.options, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown {group.strip().strip(chr(39))} {wanted!r}: {hint}choose from {', '.join(options)}"
+        return f"unknown {group} {wanted!r}: {hint}choose from {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        lines = [line for line in error.message.splitlines() if not line.startswith(("Lexer", "Error", "See", " "))]
+        why = f" ({re.sub(r'^HydraException while evaluating .*?: ', '', lines[0])})" if lines else ""
+        quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+        quoted = shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'  # the second is the legible one
+        return f"{error.override}: Hydra does not read this{why}; a text with special characters is quoted: {quoted}"
+    text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
     return "; ".join(lines[:3])

@@ -8,9 +8,11 @@ read from the source text, without importing the module.
 import ast
 import difflib
 import functools
+import importlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, ValidationError, create_model
@@ -45,11 +47,6 @@ class Root:
 
 
 GROUPS = ("data", "model", "reg", "recipe", "stage", "tracker")
-_TYPES: dict[str, Any] = {
-    "Optional": Optional, "Union": Union, "Literal": Literal, "Annotated": Annotated, "Any": Any,
-    "Count": Count, "CountOrZero": CountOrZero, "Positive": Positive, "NonNegative": NonNegative,
-    "Fraction": Fraction, "Bits": Bits, "Width": Width, "Seed": Seed, "Place": Place,
-}  # fmt: skip
 
 
 def check(config: dict) -> None:
@@ -76,7 +73,7 @@ def _check_node(node: dict, target: str, prefix: str) -> None:
     for key in node:
         if key not in annotations:
             raise UserError(unknown_key(prefix + key, [prefix + name for name in annotations]))
-    fields: dict[str, Any] = {key: (_evaluate(annotations[key]), ...) for key in node}
+    fields: dict[str, Any] = {key: (annotations[key], ...) for key in node}
     for key, value in node.items():
         if "_target_" in repr(value):  # Hydra would call what it names
             raise UserError(f"{prefix}{key}={value!r}: only a whole group names a callable")
@@ -96,43 +93,108 @@ def unknown_key(key: str, options: list[str]) -> str:
     return f"unknown key {key!r}: {hint}known are {', '.join(sorted(options))}"
 
 
-def _evaluate(annotation: ast.expr | None) -> Any:
-    if annotation is None:
-        return Any
-    return eval(compile(ast.Expression(annotation), "<annotation>", "eval"), _TYPES)
-
-
 @functools.cache
-def signature(target: str) -> dict[str, ast.expr | None]:
-    """Parameter names and annotations of a function or class of r2, read without importing its module."""
-    module, name = target.rsplit(".", 1)
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        raise UserError(f"{target}: there is no module {module}")
-    tree = ast.parse(Path(spec.origin).read_text())
-    definitions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    while name in definitions:
-        node = definitions[name]
-        if isinstance(node, ast.FunctionDef):
-            return _parameters(node)
-        if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-            fields = {f.target.id: f.annotation for f in node.body
-                      if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}  # fmt: skip
-            bases = [ast.unparse(base) for base in node.bases if ast.unparse(base) in definitions]
-            return {**(signature(f"{module}.{bases[0]}") if bases else {}), **fields}
-        for item in node.body:
-            if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-                return _parameters(item)
-        name = ast.unparse(node.bases[0]) if node.bases else ""
-    raise UserError(f"{target}: {module} defines no such name")
+def signature(target: str) -> dict[str, Any]:
+    """Parameter names and types of a function or class of r2, read without importing its module.
+
+    Bases and imported names are followed through the modules of r2. Types are made of builtins, typing's names and
+    those above; what else an annotation says is Any here, and the callable's to check.
+
+    Raises:
+        UserError: there is no such callable.
+    """
+    module, _, name = target.rpartition(".")
+    found = _find(module, name)
+    if found is None:
+        raise UserError(f"{target}: {module} defines no such name")
+    source, node = found
+    return source.parameters(node) if isinstance(node, ast.FunctionDef) else _init(source, node) or {}
 
 
-def _parameters(function: ast.FunctionDef) -> dict[str, ast.expr | None]:
-    arguments = [*function.args.args, *function.args.kwonlyargs]
-    return {a.arg: a.annotation for a in arguments if a.arg != "self"}
+class _Source:
+    """The text of a module of r2: what it defines, and the full names of what it imports."""
+
+    def __init__(self, module: str):
+        try:
+            spec = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            spec = None
+        if spec is None or spec.origin is None:
+            raise UserError(f"there is no module {module}")
+        self.module, tree = module, ast.parse(Path(spec.origin).read_text())
+        self.defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        self.imported: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                self.imported |= {one.asname or one.name: one.name for one in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                origin = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
+                self.imported |= {one.asname or one.name: f"{origin}.{one.name}" for one in node.names}
+        names = {name: full.rpartition(".") for name, full in self.imported.items()}
+        known = {name: getattr(importlib.import_module(origin), own, Any)
+                 for name, (origin, _, own) in names.items() if origin in ("typing", __name__)}  # fmt: skip
+        self.types = globals() if module == __name__ else known
+
+    def type_of(self, annotation: ast.expr | None) -> Any:
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):  # a quoted one
+            annotation = ast.parse(annotation.value, mode="eval").body
+        try:
+            return eval(compile(ast.Expression(annotation), "<annotation>", "eval"), self.types) if annotation else Any
+        except (NameError, AttributeError, TypeError):  # of names that only an import could explain
+            return Any
+
+    def parameters(self, function: ast.FunctionDef) -> dict[str, Any]:
+        arguments = [*function.args.args, *function.args.kwonlyargs]
+        return {a.arg: self.type_of(a.annotation) for a in arguments if a.arg != "self"}
+
+    def fields(self, node: ast.ClassDef) -> dict[str, Any]:
+        """What a dataclass adds to its bases' fields."""
+        found = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        fixed = [f for f in found if "ClassVar" in ast.unparse(f.annotation) or "init=False" in ast.unparse(f)]
+        return {ast.unparse(f.target): self.type_of(f.annotation) for f in found if f not in fixed}
+
+    def bases(self, node: ast.ClassDef) -> Iterator[tuple["_Source", ast.ClassDef]]:
+        """Those of r2: torch's and Python's have no keys."""
+        for base in node.bases:
+            head, _, rest = ast.unparse(base.value if isinstance(base, ast.Subscript) else base).partition(".")
+            origin = self.imported.get(head, head if head == "r2" else f"{self.module}.{head}")
+            module, _, name = f"{origin}.{rest}".strip(".").rpartition(".")
+            found = _find(module, name) if module.startswith("r2.") else None
+            if found is not None and isinstance(found[1], ast.ClassDef):
+                yield found[0], found[1]
+
+
+_source = functools.cache(_Source)
+
+
+def _find(module: str, name: str) -> tuple[_Source, ast.FunctionDef | ast.ClassDef] | None:
+    """Where a name is defined, be it imported by the module that is asked."""
+    source = _source(module)
+    if name in source.defined:
+        return source, source.defined[name]
+    origin, _, own = source.imported.get(name, "").rpartition(".")
+    return _find(origin, own) if origin.startswith("r2.") else None
+
+
+def _init(source: _Source, node: ast.ClassDef) -> dict[str, Any] | None:
+    """The parameters that a class is called with; None if nothing in r2 says them."""
+    inherited = (found for base in source.bases(node) if (found := _init(*base)) is not None)
+    own = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+    if own is not None:
+        passed_on = next(inherited, {}) if own.args.kwarg else {}
+        return {**passed_on, **source.parameters(own)}
+    return _fields(source, node) if _is_dataclass(node) else next(inherited, None)
+
+
+def _fields(source: _Source, node: ast.ClassDef) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for base in reversed(list(source.bases(node))):
+        found |= _fields(*base)
+    return found | (source.fields(node) if _is_dataclass(node) else {})
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def build(node: dict, *args: Any, **kwargs: Any) -> Any:

@@ -50,7 +50,9 @@ def read(arguments: list[str]) -> Request:
     """
     own: dict[str, str] = {}
     overrides: dict[str, str] = {}
-    for word in arguments:
+    from r2.compose import words_of
+
+    for word in words_of(arguments):
         key, equals, value = word.partition("=")
         if word == "all":
             own |= {"table": "1,2,3,4,5,6,7", "figure": "1,2"}

@@ -40,11 +40,14 @@ MISTAKES = {
     "+model._target_=os.system": "model._target_",
     "++model._target_=os.system": "must name something in r2",
     "+hydra.callbacks.x._target_=shutil.rmtree": "hydra's own _target_",
-    "reg=../../etc/passwd": "unknown reg 'passwd': choose from",
+    "reg=../../etc/passwd": "unknown reg '../../etc/passwd': choose from",
     "data=imagenet ++data.root=${oc.env:SECRET}": "only R2_DATA is read from the environment",
     "stage=[ewgs,lsq]": "stage",
     "model.width_mult=${nope}": "'nope' not found",
     "recipe.lr={": "no viable alternative",
+    "out=runs/lr=0.1": "is quoted: \"out='runs/lr=0.1'\"",
+    "out=a;b": "is quoted",
+    "--config-dir nowhere": "--config-dir nowhere: there is no such folder",
 }
 TRY = """
 import json, os, sys

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 from conftest import ENV, SMALL
+from hydra import initialize_config_dir
 
-from r2 import reproduce
+from r2 import compose, reproduce
 from r2.config import UserError
 from r2.plan import cells as planned
 from r2.plan import cost
@@ -67,7 +68,14 @@ def test_a_mistake_is_one_line(words, told, capsys):
 
 
 def test_brackets_keep_their_commas():
-    assert planned._values("a,{b: 1, c: 2},[3,4]") == ["a", "{b: 1, c: 2}", "[3,4]"]
+    with initialize_config_dir(str(compose.CONFIGS), version_base="1.3"):
+        words = compose.grid(["a=a,{b:1,c:2},[3,4]", "b=range(3)", "c='x,y'", "reg=glob(l2*)", "c='z'"])
+    assert words == {
+        "a": ["a=a", "a={b:1,c:2}", "a=[3,4]"],
+        "b": ["b=0", "b=1", "b=2"],
+        "c": ["c='z'"],
+        "reg": ["reg=l2", "reg=l2_10x"],
+    }
     assert cost.duration(59) == "59 s" and cost.duration(7200) == "2.0 h" and cost.duration(600) == "10 min"
 
 

@@ -14,7 +14,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from r2 import record
-from r2.compose import composed
+from r2.compose import composed, grid
 from r2.config import UserError, build
 from r2.identity import Identity, axes, of_pretraining, of_run
 from r2.paths import CONFIGS
@@ -54,8 +54,8 @@ def experiments() -> dict[str, Path]:
     return {path.stem: path for path in sorted((CONFIGS / "experiment").glob("*.yaml"))}
 
 
-def axes_of(experiment: str) -> dict[str, list[str]]:
-    """The grid of an experiment: key to its values, as text.
+def axes_of(experiment: str) -> dict[str, str]:
+    """The grid of an experiment: key to its values, as on the command line.
 
     Raises:
         UserError: there is no such experiment.
@@ -63,20 +63,7 @@ def axes_of(experiment: str) -> dict[str, list[str]]:
     path = experiments().get(experiment)
     if path is None:
         raise UserError(f"unknown experiment {experiment!r}: choose from {', '.join(experiments())}")
-    params = OmegaConf.load(path).hydra.sweeper.params
-    return {str(key): _values(str(value)) for key, value in params.items()}
-
-
-def _values(text: str) -> list[str]:
-    """The parts of `a,b,c`, a comma inside brackets not being a separator."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+    return {str(key): str(value) for key, value in OmegaConf.load(path).hydra.sweeper.params.items()}
 
 
 def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
@@ -89,19 +76,18 @@ def cells(names: Iterable[str], overrides: list[str]) -> list[Cell]:
     found: dict[str, Cell] = {}
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for name in names:
-            grid = axes_of(name)
+            of_table = grid(f"{key}={value}" for key, value in axes_of(name).items())
             # Table 7 is of QNLI: asked for along with ImageNet's tables, it keeps its data and what goes with them.
-            other = "data" in grid and given.get("data") not in (None, *grid["data"])
+            other = "data" in of_table and f"data={given.get('data')}" not in (*of_table["data"], "data=None")
             kept = ("data", "recipe", "model") if other else ()
-            asked = {key: value for key, value in given.items() if key.partition(".")[0] not in kept}
-            grid |= {key: _values(value) for key, value in asked.items()}
-            seeds = [_seed(value) for value in grid.pop("seed", ["0"])]
-            for values in itertools.product(*grid.values()):
-                words = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+            asked = [f"{key}={value}" for key, value in given.items() if key.partition(".")[0] not in kept]
+            swept = of_table | grid(asked)
+            seeds = [_seed(word.partition("=")[2]) for word in swept.pop("seed", ["seed=0"])]
+            for words in itertools.product(*swept.values()):
                 config = composed([f"experiment={name}", *words])
                 for seed in seeds:
-                    words = [f"seed={seed}" if word.startswith("seed=") else word for word in config["overrides"]]
-                    cell = cell_of({**config, "seed": seed, "overrides": words})
+                    own = [f"seed={seed}" if word.startswith("seed=") else word for word in config["overrides"]]
+                    cell = cell_of({**config, "seed": seed, "overrides": own})
                     found.setdefault(cell.name, cell)
     return list(found.values())
 

@@ -27,7 +27,7 @@ REGULARIZERS = {
 _AXES = {"data", "model", "model.width_mult", "reg", "recipe", "stage", "stage.bits", "stage.weight_bits",
          "stage.act_bits", "stage.dim", "stage.skip_first_last", "seed"}  # fmt: skip
 _PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds", "dist_timeout_seconds", "data.root",
-           "data.workers"}  # fmt: skip
+           "data.workers", "hydra.searchpath"}  # fmt: skip
 # Examples of the paper's data sets, ImageNet read in three ways: fewer of them are another study.
 _OF_PAPER = {"imagenet", "imagenet_shards", "imagenet_dali", "qnli"}
 

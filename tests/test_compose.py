@@ -1,0 +1,73 @@
+"""What a record and a plan print runs again: odd values, a home directory, options of one's own."""
+
+import json
+import shlex
+
+import hydra
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from r2 import compose, record, reproduce
+from r2.config import UserError
+from r2.plan.cells import cells, cells_of
+
+AWKWARD = st.text("aZ09 .,;:=~/\\'\"()[]{}<>|&!?#*+-_$%^@`\té\n", min_size=1)
+
+
+def once_more(config):
+    """The config of what a run's command says, read by a shell's rules."""
+    words = shlex.split(record.command(config))
+    assert words[:3] == ["python", "-m", "r2.run"]
+    return cells_of(words[3:])[0].config
+
+
+@settings(max_examples=40, deadline=None)
+@given(AWKWARD)
+@example("/data/Image (2012)")
+@example("a=b,c")
+@example("true")
+@example("1e-3")
+@example("null")
+@example("a\\")
+@example('it\'s "so"')
+@example("${seed}")
+@example("\\${seed}\\")
+def test_a_printed_command_is_the_same_run(text):
+    with hydra.initialize_config_dir(str(compose.CONFIGS), version_base="1.3"):
+        config = compose.composed(["data=cifar10", f"data.root={compose._word(text)}"])
+    assert config["data"]["root"] == text
+    assert once_more(config)["data"]["root"] == text
+
+
+@pytest.mark.parametrize("bits", ["{features.1?.*: 4}", "{'a b': 8, c\\:d: 4}", "{a\\ \\(b\\): 8, c\\:d\\=\\,: 4}"])
+def test_keys_in_braces_come_back(bits):
+    try:
+        (cell,) = cells_of(["stage=ewgs", f"stage.layer_bits={bits}"])
+    except compose.COMPOSE_ERRORS:
+        assert "'" in bits  # Hydra takes no quotes there
+        return
+    assert once_more(cell.config)["stage"]["layer_bits"] == cell.config["stage"]["layer_bits"]
+
+
+def test_a_home_directory_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a (b)")
+    assert compose.words_of(["out=~/runs", "-m", "a=b~"]) == ["out='/home/a (b)/runs'", "-m", "a=b~"]
+
+
+def test_options_of_ones_own_are_in_the_command_and_in_a_plan(tmp_path, r2):
+    mine = tmp_path / "my (own)" / "recipe" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    text = (compose.CONFIGS / "recipe" / "smoke.yaml").read_text()
+    mine.write_text(text.replace("lr: 0.05", "lr: 0.02"))
+    words = ["--config-dir", str(mine.parents[1]), "data=fake", "recipe=mine", "model.width_mult=0.25", "reg=l2"]
+    (cell,) = cells_of(compose.words_of(words))
+    assert cell.config["recipe"]["lr"] == 0.02 and once_more(cell.config)["recipe"]["lr"] == 0.02
+    (planned,) = cells(["table3"], reproduce.read(["table=3", "model=mbv1", *words]).overrides)
+    assert planned.pretraining == cell.pretraining
+    done = r2(*words, "stage=fp32", "threads=1")
+    assert done.returncode == 0, done.stderr
+    (path,) = r2.out.glob("*/record.json")
+    assert json.loads(path.read_text())["overrides"][0].startswith("hydra.searchpath=")
+    with pytest.raises(UserError, match="--config-dir nowhere: there is no such folder"):
+        compose.words_of(["--config-dir=nowhere"])
