@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from r2.config import Bits, Count, NonNegative, Positive, UserError
@@ -86,4 +85,4 @@ class DKM(Stage):
         check_weights(layers)
         swap(layers, palette)
         for layer in compressed(model).values():
-            layer.quantizer.initialise(torch.empty(0), layer.weight, layer.operation, seed=seed)
+            layer.quantizer.initialise(None, layer.weight, layer.operation, seed=seed)
