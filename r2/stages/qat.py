@@ -40,6 +40,7 @@ class QAT(Stage):
         bits: both widths, unless `weight_bits`, `act_bits` or `layer_bits` says otherwise.
         input_bits: of the image at the first layer; null leaves it as it is.
         layer_bits: widths of both by layer name pattern, e.g. {classifier: 8}.
+        clip_norm: of the gradient of all weights and quantizers together.
         batchnorm: 'train' lets the statistics move on, 'freeze' keeps those of pretraining.
     """
 
@@ -55,6 +56,7 @@ class QAT(Stage):
     lr: Positive
     quantizer_lr: Positive
     weight_decay: NonNegative
+    clip_norm: Positive | None
 
     def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
         """A new quantizer of one layer of `channels` outputs."""
@@ -78,7 +80,7 @@ class QAT(Stage):
     ) -> tuple[nn.Module, dict]:
         name = type(self).__name__.lower()
         if not self.from_scratch:
-            recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay)
+            recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
         if recipe.sync_bn:
             model = sync_batchnorm(model, run.world)
         began = time.monotonic()
@@ -105,6 +107,7 @@ class QAT(Stage):
             regularizer if self.from_scratch else None,
             before_epoch=self.before_epoch(model, layers, data, run),
             batchnorm=self.batchnorm,
+            keys="recipe" if self.from_scratch else "stage",
         )
         return model, {
             "metrics": evaluate(model, data, run.world, recipe),
