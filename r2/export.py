@@ -22,12 +22,8 @@ from r2 import pack, record, store
 from r2.config import UserError, build
 from r2.data.batches import IGNORED, Data
 from r2.dist import World
-from r2.quantizers import lsq
-from r2.quantizers.affine import Activation, Affine
-from r2.quantizers.ewgs import EWGS
+from r2.quantizers.affine import Activation
 from r2.quantizers.layers import compressed
-from r2.quantizers.lsq import LSQ
-from r2.quantizers.pact import PACT
 from r2.train import best
 
 OPSET = 21  # the first that has 4-bit integers
@@ -196,40 +192,20 @@ def _integer(low: int, high: int) -> torch.dtype:
 @torch.no_grad()
 def _weight(layer: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Integers in the weight's shape, their scale, their zero point, and whether 4 bits hold all levels."""
-    quantizer, bits = layer.quantizer, layer.quantizer.weight_bits
-    last, zero_point = 2**bits - 1, None
-    if isinstance(quantizer, EWGS | PACT):  # 2 code / n - 1: every second integer from -n to n, times 1 / n
-        first, step, low, high = -last, 2, -last, last
-        scale = quantizer.weight_size if isinstance(quantizer, PACT) and bits == 1 else torch.tensor(1 / last)
-    elif isinstance(quantizer, LSQ):
-        low, high = lsq.bounds(bits, signed=True)
-        first, step, scale = low, 1, quantizer.weight_step.abs().clamp(min=1e-8)
-    elif isinstance(quantizer, Affine):
-        first, step, scale, zero_point = 0, 1, quantizer.scale, quantizer.zero_point
-        low, high = min(0, int(zero_point.min())), max(last, int(zero_point.max()))
-    else:
-        raise UserError("its method (stage=dkm) has no integers; ewgs, lsq, pact, none, dfq and adaround have")
-    dtype = _integer(low, high)
-    codes = quantizer.encode(layer.weight) if layer.codes is None else layer.codes
-    values = (first + step * codes.long()).to(dtype).view(layer.weight.shape)
-    zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
-    return values, scale.detach().clone(), zero_point.to(dtype), high <= (15 if low == 0 else 7) and low >= -8
+    grid = layer.quantizer.weight_grid()
+    dtype = _integer(grid.low, grid.high)
+    codes = layer.quantizer.encode(layer.weight) if layer.codes is None else layer.codes
+    integers = (grid.first + grid.stride * codes.long()).to(dtype).view(layer.weight.shape)
+    zero_point = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
+    narrow = grid.high <= (15 if grid.low == 0 else 7) and grid.low >= -8
+    return integers, grid.scale.detach().clone(), zero_point.to(dtype), narrow
 
 
 def _activation(quantizer: Any) -> nn.Module:
-    bits = getattr(quantizer, "act_bits", None)
-    if bits is None:
+    grid = quantizer.activation_grid()
+    if grid is None:
         return nn.Identity()
-    last = 2**bits - 1
-    if isinstance(quantizer, LSQ):
-        return _Levels(*lsq.bounds(bits, bool(quantizer.signed)), quantizer.act_step.abs().clamp(min=1e-8))
-    if isinstance(quantizer, PACT):
-        alpha = quantizer.alpha.abs().clamp(min=1e-6)
-        last = 2 ** (bits - 1) - 1 if quantizer.signed else last
-        return _Levels(-last if quantizer.signed else 0, last, alpha / last)
-    lower, width = quantizer.act_lower, quantizer.act_upper - quantizer.act_lower
-    offset = lower / width if quantizer.signed else None
-    return _Levels(0, last, width / last, out_scale=torch.tensor(1 / last), shift=lower, offset=offset)
+    return _Levels(grid.low, grid.high, grid.scale, out_scale=grid.out_scale, shift=grid.shift, offset=grid.offset)
 
 
 def _exportable(model: nn.Module) -> tuple[nn.Module, set[str]]:

@@ -14,16 +14,22 @@ import torch
 class fused:
     """Compile `function` on first use for any tensor length; where that fails, say so once and use it as it is.
 
-    `plain` is the function itself.
+    The function itself runs where a compiled kernel does not pay or does not fit: short tensors, float64 (held against
+    formulas), and inside a graph that is to be differentiated again.
+
+    Args:
+        at_least: elements of the first argument from which the kernel pays.
     """
 
-    def __init__(self, function: Callable):
-        self.plain = function
+    def __init__(self, function: Callable, at_least: int = 4096):
+        self.plain, self.at_least = function, at_least
         self._compiled: Callable | None = None
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, first: torch.Tensor, *rest: Any) -> Any:
+        if first.numel() < self.at_least or first.dtype == torch.float64 or torch.is_grad_enabled():
+            return self.plain(first, *rest)
         # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
-        args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in args)
+        args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in (first, *rest))
         if self._compiled is None:
             self._compiled = torch.compile(self.plain, dynamic=True, fullgraph=True)
         try:

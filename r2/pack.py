@@ -141,7 +141,7 @@ def _parts(layer: Any) -> dict[str, Tensor]:
     parts = {
         "codes": pack_bits(quantizer.encode(weight) if layer.codes is None else layer.codes, quantizer.weight_bits)
     }
-    _, left_out = _coverage(quantizer, weight)
+    _, left_out = quantizer.coverage(weight)
     return parts | ({"tail": weight.reshape(-1)[-left_out:]} if left_out else {})
 
 
@@ -153,14 +153,6 @@ def _effective(layer: Any) -> Tensor:
     weight = layer.quantizer.eval().weight(layer.weight)
     layer.quantizer.train(training)
     return weight
-
-
-def _coverage(quantizer: Quantizer, weight: Tensor) -> tuple[int, int]:
-    """How many codes a weight has, and how many of its weights, the last ones, stay outside them."""
-    if not isinstance(quantizer, Palette):
-        return weight.numel(), 0
-    left_out = quantizer.tail(weight)
-    return (weight.numel() - left_out) // quantizer.dim, left_out
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -280,7 +272,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str])
             weight, layer.codes = take(f"{name}.weight", *shape), torch.empty(0, dtype=torch.int32)
         else:
             like = torch.zeros(shape)
-            count, left_out = _coverage(quantizer, like)
+            count, left_out = quantizer.coverage(like)
             if left_out:
                 like.view(-1)[-left_out:] = take(f"{name}.tail", left_out)
             packed = take(f"{name}.codes", -(-count * bits // 8), dtype=torch.uint8)

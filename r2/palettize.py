@@ -11,7 +11,7 @@ first use by the compiler behind torch.compile) for float32 on a CPU, and chunke
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from r2.clustering.kmeans import initial_centroids
 from r2.clustering.passes import alive, passes_over
 from r2.kernels import flat, unflat
-from r2.quantizers.layers import Quantizer
+from r2.quantizers.layers import Operation, Quantizer
 
 
 def dkm(
@@ -177,7 +177,7 @@ class Palette(Quantizer):
 
     @torch.no_grad()
     def initialise(
-        self, x: Tensor | None, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor] | None, seed: int = 0
+        self, inputs: Sequence[Tensor] | None, weight: Tensor, operation: Operation | None, seed: int = 0
     ) -> None:
         """Centroids by k-means, and the temperature in force; the layer's input and operation do not matter."""
         vectors, _ = vectorize(weight, self.dim)
@@ -225,6 +225,10 @@ class Palette(Quantizer):
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
         tail = like[like.shape[0] - self.tail_channels(like) :]
         return unvectorize(self.centroids.index_select(0, codes.int()).to(like.dtype), tail, like)
+
+    def coverage(self, w: Tensor) -> tuple[int, int]:
+        left_out = self.tail(w)
+        return (w.numel() - left_out) // self.dim, left_out
 
     def settings(self) -> dict[str, Any]:
         names = ("dim", "temperature", "relative", "iterations", "tolerance")

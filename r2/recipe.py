@@ -68,7 +68,9 @@ def learning_rate(step: int, total: int, warmup: int, schedule: str = "cosine") 
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def finetuning(recipe: Recipe, epochs: int, batch_size: int, lr: float, weight_decay: float) -> Recipe:
+def finetuning(
+    recipe: Recipe, epochs: int, batch_size: int, lr: float, weight_decay: float, clip_norm: float | None
+) -> Recipe:
     """The recipe of a stage: the machine's settings stay, the schedule is its own, without warm-up or smoothing."""
     return replace(
         recipe,
@@ -79,4 +81,5 @@ def finetuning(recipe: Recipe, epochs: int, batch_size: int, lr: float, weight_d
         nesterov=False,
         warmup_epochs=0.0,
         label_smoothing=0.0,
+        clip_norm=clip_norm,
     )

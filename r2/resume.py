@@ -26,17 +26,19 @@ class Position:
     timing: Timing = field(default_factory=Timing)
 
 
-def check_weights(state: dict[str, Tensor], phase: str) -> None:
+def mend(keys: str) -> str:
+    """What to do about a training that diverges, by the group whose keys are in force."""
+    return f"Lower {keys}.lr, or set a smaller {keys}.clip_norm; the last checkpoint is kept"
+
+
+def check_weights(state: dict[str, Tensor], phase: str, keys: str) -> None:
     """
     Raises:
         UserError: a weight or a buffer is not finite, and a run could not go on from it.
     """
     for name, value in state.items():
         if not torch.isfinite(value).all():
-            raise UserError(
-                f"{phase}: {name} is not finite any more. Lower recipe.lr, or set recipe.clip_norm; "
-                "the last checkpoint is kept"
-            )
+            raise UserError(f"{phase}: {name} is not finite any more. {mend(keys)}")
 
 
 def made_with(data: Data, world: World) -> dict[str, str]:

@@ -53,6 +53,7 @@ def train(
     regularizer: Regularizer | None = None,
     before_epoch: Callable[[int], None] | None = None,
     batchnorm: Literal["train", "freeze"] = "train",
+    keys: str = "recipe",
 ) -> dict:
     """Optimise `model` in place, going on from the phase's checkpoint if there is one.
 
@@ -61,6 +62,7 @@ def train(
         regularizer: its gradient is added after the all-reduce.
         before_epoch: called with the epoch's number before its first step.
         batchnorm: 'freeze' keeps the statistics that the model comes with.
+        keys: the config group whose keys are in force, for what is said of a loss that is not finite.
 
     Returns:
         seconds, images_per_second (evaluation and checkpoints included), timing of the steps, and the curve's rows.
@@ -105,7 +107,7 @@ def train(
         position.timing.note_memory(device)
         state = resume.state_of(position, model, optimizers, scaler, regularizer)
         if world.main:
-            resume.check_weights(state["model"], phase)
+            resume.check_weights(state["model"], phase, keys)
         run.save_state(phase, made_with=made_with, **state)
         saved = time.monotonic()
         position.timing.begin()
@@ -137,7 +139,7 @@ def train(
                 losses.append(loss)
                 due = position.step % sync_every == sync_every - 1 or position.step == steps - 1
                 if due:
-                    _check_finite(losses, step, optimizers[0].param_groups[0]["lr"], model, world, phase)
+                    _check_finite(losses, step, optimizers[0].param_groups[0]["lr"], model, world, phase, keys)
                     losses.clear()
                 if recipe.clip_norm:
                     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -235,7 +237,9 @@ def _backward(
     return total, seen
 
 
-def _check_finite(losses: list[Tensor], step: int, lr: float, model: nn.Module, world: World, phase: str) -> None:
+def _check_finite(
+    losses: list[Tensor], step: int, lr: float, model: nn.Module, world: World, phase: str, keys: str
+) -> None:
     bad = (~torch.isfinite(torch.stack(losses))).to(torch.float32)
     if not world.all_reduce(bad).any():
         return
@@ -244,7 +248,7 @@ def _check_finite(losses: list[Tensor], step: int, lr: float, model: nn.Module, 
     worst = max(norms, key=lambda n: (not math.isfinite(norms[n]), norms[n])) if norms else "none"
     raise UserError(
         f"{phase}: the loss is not finite at step {first} (lr {lr:.3g}); the largest gradient is in {worst} "
-        f"({norms.get(worst, 0):.3g}). Lower recipe.lr, or set recipe.clip_norm; the last checkpoint is kept"
+        f"({norms.get(worst, 0):.3g}). {resume.mend(keys)}"
     )
 
 

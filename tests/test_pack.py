@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from r2 import pack
-from r2.report import table1
 from r2.config import UserError
 from r2.models import mobilenet_v1, mobilenet_v2, resnet18
 from r2.palettize import Palette
@@ -14,6 +13,7 @@ from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, compressed, quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
+from r2.report import table1
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 METHODS = ("ewgs", "lsq", "pact", "affine", "palette")

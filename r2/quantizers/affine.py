@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2.quantizers.layers import Quantizer
+from r2.quantizers.layers import Quantizer, WeightGrid
 
 
 class Affine(Quantizer):
@@ -36,6 +36,10 @@ class Affine(Quantizer):
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
         rows = codes.view(self.channels, -1).to(like.dtype)
         return ((rows - self.zero_point[:, None]) * self.scale[:, None]).view(like.shape)
+
+    def weight_grid(self) -> WeightGrid:
+        zero, last = self.zero_point, 2**self.weight_bits - 1
+        return WeightGrid(0, 1, min(0, int(zero.min())), max(last, int(zero.max())), self.scale, zero)
 
     def settings(self) -> dict[str, Any]:
         return {"weight_bits": self.weight_bits, "channels": self.channels}

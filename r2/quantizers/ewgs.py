@@ -5,14 +5,14 @@ Backward of the discretiser:      g_z = g (1 + delta sign(g) (z - q)),  on the c
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from r2.kernels import flat, fused, matching, unflat
-from r2.quantizers.layers import Quantizer, output_ratio
+from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid, output_ratio, values
 
 
 def quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, delta: float | Tensor = 0.0) -> Tensor:
@@ -38,24 +38,16 @@ class _Quantize(torch.autograd.Function):
     def forward(ctx, x, lower, upper, levels, delta, gain, shift):  # type: ignore[no-untyped-def]
         """gain q + shift: one pass for what follows q."""
         ctx.save_for_backward(x, lower, upper, levels, delta, gain)
-        values = (_discretise if _fuse(x) else _discretise.plain)(flat(x), lower, upper, levels, gain, shift)
-        return unflat(values, x)
+        return unflat(_discretise(flat(x), lower, upper, levels, gain, shift), x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, lower, upper, levels, delta, gain = ctx.saved_tensors
         grad = matching(grad, x)
-        # The Hessian estimate differentiates this again, which a compiled kernel cannot do.
-        fuse = _fuse(x) and not torch.is_grad_enabled()
-        kernel = _scaled_gradient if fuse else _scaled_gradient.plain
-        gx, gz_z, gz = kernel(flat(x), flat(grad), lower, upper, levels, delta, gain)
+        gx, gz_z, gz = _scaled_gradient(flat(x), flat(grad), lower, upper, levels, delta, gain)
         width = upper - lower
         # z = (x - l)/(u - l):  dz/du = -z/(u - l),  dz/dl = (z - 1)/(u - l)
         return unflat(gx, x), ((gz_z - gz) / width).view_as(lower), (-gz_z / width).view_as(upper), *[None] * 4
-
-
-def _fuse(x: Tensor) -> bool:
-    return x.numel() >= 4096 and x.dtype != torch.float64
 
 
 @fused
@@ -84,6 +76,8 @@ class EWGS(Quantizer):
     Args:
         weight_bits, act_bits: widths; act_bits None leaves the input as it is.
         delta: initial gradient scaling factor of both.
+        weight_init: 'official' starts the weights' bounds at 3 std; 'capped' at the largest |w| where that is less, for
+            after range regularization no weight reaches 3 std and the outer levels would start empty.
     """
 
     weight_lower: nn.Parameter
@@ -96,9 +90,15 @@ class EWGS(Quantizer):
     signed: Tensor
     tap: Callable[[str, Tensor], Tensor] | None = None  # where the Hessian estimate reaches the discrete values
 
-    def __init__(self, weight_bits: int, act_bits: int | None, delta: float = 0.0):
+    def __init__(
+        self,
+        weight_bits: int,
+        act_bits: int | None,
+        delta: float = 0.0,
+        weight_init: Literal["official", "capped"] = "official",
+    ):
         super().__init__()
-        self.weight_bits, self.act_bits = weight_bits, act_bits
+        self.weight_bits, self.act_bits, self.weight_init = weight_bits, act_bits, weight_init
         for name in ("weight_lower", "weight_upper", "act_lower", "act_upper", "output_scale"):
             used = act_bits is not None or not name.startswith("act")
             setattr(self, name, nn.Parameter(torch.ones(()), requires_grad=used))
@@ -107,21 +107,21 @@ class EWGS(Quantizer):
         self.register_buffer("signed", torch.tensor(0.0))
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def initialise(self, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> None:
         """Official: 3 std of the weights; 3 std of a half normal for the inputs; the output as large as before."""
-        spread = _spread(weight)
-        self.weight_lower.copy_(-3 * spread)
-        self.weight_upper.copy_(3 * spread)
+        bound = 3 * _spread(weight)
+        if self.weight_init == "capped":
+            bound = torch.minimum(bound, _spread_or_one(weight.abs().amax()))
+        self.weight_lower.copy_(-bound)
+        self.weight_upper.copy_(bound)
         if self.act_bits is not None:
-            std = _spread(x)
-            self.signed.fill_(float(x.min() < 0))
-            if self.signed:
-                self.act_lower.copy_(-3 * std)
-                self.act_upper.copy_(3 * std)
-            else:
-                self.act_lower.copy_(x.min())
-                self.act_upper.copy_(x.min() + 3 * std / math.sqrt(1 - 2 / math.pi))
-        self.output_scale.copy_(output_ratio(self, x, weight, operation))
+            x = values(inputs)
+            std, least = _spread(x), x.min()
+            half_normal = least + 3 * std / math.sqrt(1 - 2 / math.pi)
+            self.signed.copy_(least < 0)
+            self.act_lower.copy_(torch.where(least < 0, -3 * std, least))
+            self.act_upper.copy_(torch.where(least < 0, 3 * std, half_normal))
+        self.output_scale.copy_(output_ratio(self, inputs, weight, operation))
 
     def weight(self, w: Tensor) -> Tensor:
         """2q - 1 in [-1, 1]."""
@@ -150,11 +150,25 @@ class EWGS(Quantizer):
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
         return (codes.to(like.dtype) / (2**self.weight_bits - 1) * 2 - 1).view(like.shape)
 
+    def weight_grid(self) -> WeightGrid:
+        last = 2**self.weight_bits - 1  # 2 code / n - 1: every second integer from -n to n, times 1 / n
+        return WeightGrid(-last, 2, -last, last, torch.tensor(1 / last))
+
+    def activation_grid(self) -> ActivationGrid | None:
+        if self.act_bits is None:
+            return None
+        last, lower, width = 2**self.act_bits - 1, self.act_lower, self.act_upper - self.act_lower
+        offset = lower / width if self.signed else None
+        return ActivationGrid(0, last, width / last, out_scale=torch.tensor(1 / last), shift=lower, offset=offset)
+
     def settings(self) -> dict[str, Any]:
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits}
 
 
 def _spread(x: Tensor) -> Tensor:
     """The unbiased standard deviation; 1 for a constant, which has no range to quantize."""
-    std = x.std() if x.numel() > 1 else x.abs().sum()
-    return torch.where(std > 0, std, torch.ones_like(std))
+    return _spread_or_one(x.std() if x.numel() > 1 else x.abs().sum())
+
+
+def _spread_or_one(spread: Tensor) -> Tensor:
+    return torch.where(spread > 0, spread, torch.ones_like(spread))

@@ -4,7 +4,10 @@ A method is one `Quantizer`; the layers, the calibration and the training are sh
 the parameters and their names stay what they were.
 """
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +19,38 @@ from r2.config import UserError
 from r2.models import Inputs
 
 
+@dataclass(frozen=True)
+class WeightGrid:
+    """The integers of a weight: code c stands for (first + stride c - zero_point) scale.
+
+    Attributes:
+        low, high: the least and the largest integer.
+        scale, zero_point: (), or (output channels,).
+    """
+
+    first: int
+    stride: int
+    low: int
+    high: int
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """(x - shift) / scale rounded to the integers low .. high; they stand for out_scale times them, plus offset."""
+
+    low: int
+    high: int
+    scale: Tensor
+    out_scale: Tensor | None = None
+    shift: Tensor | None = None
+    offset: Tensor | None = None
+
+
+Operation = Callable[[Tensor, Tensor], Tensor]  # of a layer's input and weight, without bias
+
+
 class Quantizer(nn.Module):
     """What a method does to one layer; each part is the identity unless the method says otherwise.
 
@@ -25,8 +60,8 @@ class Quantizer(nn.Module):
 
     weight_bits: int
 
-    def initialise(self, x: Tensor, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Set the parameters from the layer's input, its weight and its bare operation (without bias)."""
+    def initialise(self, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> None:
+        """Set the parameters from the layer's inputs, one of each call, its weight and its bare operation (no bias)."""
 
     def weight(self, w: Tensor) -> Tensor:
         return w
@@ -45,6 +80,21 @@ class Quantizer(nn.Module):
         """The weight that `codes` stand for, in the shape of `like`."""
         raise NotImplementedError
 
+    def coverage(self, w: Tensor) -> tuple[int, int]:
+        """How many codes a weight has, and how many of its weights, the last ones, stay outside them."""
+        return w.numel(), 0
+
+    def weight_grid(self) -> WeightGrid:
+        """
+        Raises:
+            UserError: the method has no integers.
+        """
+        raise UserError("its method (stage=dkm) has no integers; ewgs, lsq, pact, none, dfq and adaround have")
+
+    def activation_grid(self) -> ActivationGrid | None:
+        """None where the input is left as it is."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, plain values."""
         raise NotImplementedError
@@ -60,12 +110,16 @@ def check_weights(layers: Mapping[str, nn.Module]) -> None:
             raise UserError(f"{name}: its weight is not finite and cannot be quantized; train with a lower recipe.lr")
 
 
-def output_ratio(
-    quantizer: Quantizer, x: Tensor, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def output_ratio(quantizer: Quantizer, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> Tensor:
     """mean|operation(x, weight)| over the same of the quantized ones: the scale that keeps the output's size."""
-    size = operation(quantizer.act(x), quantizer.weight(weight)).abs().mean()
-    return operation(x, weight).abs().mean() / torch.where(size > 0, size, torch.ones_like(size))
+    outputs = [(operation(x, weight), operation(quantizer.act(x), quantizer.weight(weight))) for x in inputs]
+    size, quantized = (torch.cat([y.flatten() for y in ys]).abs().mean() for ys in zip(*outputs, strict=True))
+    return size / torch.where(quantized > 0, quantized, torch.ones_like(quantized))
+
+
+def values(inputs: Sequence[Tensor]) -> Tensor:
+    """All values of the inputs of a layer's calls, flat."""
+    return inputs[0] if len(inputs) == 1 else torch.cat([x.flatten() for x in inputs])
 
 
 class _Quantized:
@@ -162,17 +216,42 @@ def swap(layers: Mapping[str, nn.Module], quantizer: Callable[[str], Quantizer])
         layer.quantizer = quantizer(name).to(layer.weight.device)  # type: ignore[union-attr,arg-type]
 
 
+@contextmanager
+def _calibrating(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch, as in training; dropout is off, and mode and statistics come back."""
+    modes = {module: module.training for module in model.modules()}
+    norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    model.eval()
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Inputs) -> None:
-    """Initialise every quantizer in one forward pass in training mode, so a later layer sees quantized inputs."""
+    """Initialise every quantizer in one forward pass, so that a later layer sees quantized inputs.
+
+    The pass draws no random number and leaves the model's mode and statistics as they were: a stage's result depends
+    on the model and the batch alone. A layer that is called again is initialised again, over the inputs of all calls;
+    what is kept for that is what training keeps of the same batch.
+    """
     check_weights(layers)
+    seen: dict[nn.Module, list[Tensor]] = defaultdict(list)
 
     def initialise(layer: Any, inputs: tuple[Tensor]) -> None:
-        layer.quantizer.initialise(inputs[0], layer.weight, layer.operation)
+        seen[layer].append(inputs[0])
+        layer.quantizer.initialise(seen[layer], layer.weight, layer.operation)
 
     hooks = [layer.register_forward_pre_hook(initialise) for layer in layers.values()]
-    model.train()
-    model(batch)
+    with _calibrating(model):
+        model(batch)
     for hook in hooks:
         hook.remove()
 

@@ -6,7 +6,7 @@ Backward:  dx = g  on the closed interval q_min <= x / s <= q_max, else 0
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from r2.config import UserError
 from r2.kernels import flat, fused, matching, unflat
-from r2.quantizers.layers import Quantizer
+from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid, values
 
 
 def quantize(x: Tensor, step: Tensor, quant_min: int, quant_max: int, grad_scale: float | None = None) -> Tensor:
@@ -24,13 +24,14 @@ def quantize(x: Tensor, step: Tensor, quant_min: int, quant_max: int, grad_scale
 
     Args:
         x: any shape.
-        step: 0-d, positive.
+        step: positive; 0-d, or one per output channel of a weight, (o, 1, ...) beside x's (o, ...).
         quant_min, quant_max: integer bounds, quant_min <= 0 < quant_max.
-        grad_scale: factor on the step's gradient; by default 1 / sqrt(x.numel() quant_max), the batch counted in.
+        grad_scale: factor on the step's gradient; by default 1 / sqrt(N quant_max) with N the elements that share a
+            step, the batch counted in.
     """
     if not quant_min <= 0 < quant_max:
         raise ValueError(f"the bounds must hold quant_min <= 0 < quant_max, got {quant_min} and {quant_max}")
-    scale = 1 / math.sqrt(x.numel() * quant_max) if grad_scale is None else grad_scale
+    scale = 1 / math.sqrt(x.numel() // step.numel() * quant_max) if grad_scale is None else grad_scale
     return _Quantize.apply(x, step, *(x.new_full((), value) for value in (quant_min, quant_max, scale)))
 
 
@@ -38,16 +39,18 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, step, low, high, scale):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, step, low, high, scale)
-        kernel = _round if x.numel() >= 4096 and x.dtype != torch.float64 else _round.plain
-        return unflat(kernel(flat(x), step, low, high), x)
+        return unflat(_round(_rows(x, step), step.view(-1, 1), low, high).view(-1), x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, step, low, high, scale = ctx.saved_tensors
-        grad = matching(grad, x)
-        kernel = _gradients if x.numel() >= 4096 and x.dtype != torch.float64 else _gradients.plain
-        gx, gs = kernel(flat(x), flat(grad), step, low, high)
-        return unflat(gx, x), (gs * scale).view_as(step), None, None, None
+        gx, gs = _gradients(_rows(x, step), _rows(matching(grad, x), step), step.view(-1, 1), low, high)
+        return unflat(gx.view(-1), x), (gs * scale).view_as(step), None, None, None
+
+
+def _rows(x: Tensor, step: Tensor) -> Tensor:
+    """(steps, elements that share one), in memory order: a weight's output channels come first in both formats."""
+    return flat(x).view(step.numel(), -1)
 
 
 @fused
@@ -60,7 +63,23 @@ def _gradients(x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor)
     z = x / step
     inside = (z >= low) & (z <= high)
     slope = torch.where(inside, torch.round(z) - z, torch.where(z < low, low, high))
-    return torch.where(inside, grad, 0.0), (grad * slope).sum()
+    return torch.where(inside, grad, 0.0), (grad * slope).sum(1)
+
+
+class _Bounded(torch.autograd.Function):
+    """The step itself; its gradient is at most `limit` times its size."""
+
+    @staticmethod
+    def forward(ctx, step, limit):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(step)
+        ctx.limit = limit
+        return step.view_as(step)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (step,) = ctx.saved_tensors
+        most = ctx.limit * step.abs()
+        return torch.minimum(torch.maximum(grad, -most), most), None
 
 
 def bounds(bits: int, signed: bool) -> tuple[int, int]:
@@ -75,53 +94,91 @@ def bounds(bits: int, signed: bool) -> tuple[int, int]:
 
 
 class LSQ(Quantizer):
-    """One layer's LSQ: a step for the weight and one for the input, which is unsigned where it never is negative."""
+    """One layer's LSQ: a step for the weight and one for the input, which is unsigned where it never is negative.
+
+    Args:
+        weight_bits, act_bits: widths; act_bits None leaves the input as it is.
+        channels: steps of the weight, one per output channel, or 1.
+        step_limit: the gradient of a step is at most this times the step, so that SGD with momentum m changes it by at
+            most lr step_limit / (1 - m) of itself in an update; None is the official rule. A layer whose outputs have
+            almost no variance gets gradients of any size through BatchNorm, and one of them would throw the step away.
+    """
 
     weight_step: nn.Parameter
     act_step: nn.Parameter
     signed: Tensor
 
-    def __init__(self, weight_bits: int, act_bits: int | None):
+    def __init__(self, weight_bits: int, act_bits: int | None, channels: int = 1, step_limit: float | None = None):
         super().__init__()
         bounds(weight_bits, signed=True)
-        self.weight_bits, self.act_bits = weight_bits, act_bits
-        self.weight_step = nn.Parameter(torch.ones(()))
+        self.weight_bits, self.act_bits, self.channels, self.step_limit = weight_bits, act_bits, channels, step_limit
+        self.weight_step = nn.Parameter(torch.ones(()) if channels == 1 else torch.ones(channels))
         self.act_step = nn.Parameter(torch.ones(()), requires_grad=act_bits is not None)
         self.register_buffer("signed", torch.tensor(0.0))
 
     @torch.no_grad()
-    def initialise(self, x: Tensor, weight: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def initialise(self, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> None:
         """2 mean|x| / sqrt(q_max), of the weight and of the first batch."""
-        self.weight_step.copy_(_first_step(weight, bounds(self.weight_bits, signed=True)[1]))
+        start = _first_step(_rows(weight, self.weight_step), weight.new_full((), self._weight_bounds()[1]))
+        self.weight_step.copy_(start.view_as(self.weight_step))
         if self.act_bits is not None:
-            self.signed.fill_(float(x.min() < 0))
-            self.act_step.copy_(_first_step(x, bounds(self.act_bits, bool(self.signed))[1]))
+            x = values(inputs)
+            self.signed.copy_(x.min() < 0)
+            self.act_step.copy_(_first_step(x.reshape(1, -1), self._act_bounds()[1]).view(()))
+
+    def _weight_bounds(self) -> tuple[int, int]:
+        return bounds(self.weight_bits, signed=True)
+
+    def _act_bounds(self) -> tuple[Tensor, Tensor]:
+        """On the device: a Python condition on `signed` would wait for it in every step."""
+        assert self.act_bits is not None
+        half = self.signed * 2.0 ** (self.act_bits - 1)
+        return -half, 2.0**self.act_bits - 1 - half
+
+    def _step(self, step: Tensor) -> Tensor:
+        return _positive(step if self.step_limit is None else _Bounded.apply(step, self.step_limit))
+
+    def _weight_step(self, w: Tensor) -> Tensor:
+        step = self._step(self.weight_step)
+        return step if self.channels == 1 else step.view(-1, *[1] * (w.ndim - 1))
 
     def weight(self, w: Tensor) -> Tensor:
-        return quantize(w, _positive(self.weight_step), *bounds(self.weight_bits, signed=True))
+        return quantize(w, self._weight_step(w), *self._weight_bounds())
 
     def act(self, x: Tensor) -> Tensor:
         if self.act_bits is None:
             return x
-        return quantize(x, _positive(self.act_step), *bounds(self.act_bits, bool(self.signed)))
+        low, high = (bound.to(x.dtype) for bound in self._act_bounds())
+        return _Quantize.apply(x, self._step(self.act_step), low, high, (x.numel() * high).rsqrt())
 
     @torch.no_grad()
     def encode(self, w: Tensor) -> Tensor:
-        low, high = bounds(self.weight_bits, signed=True)
-        levels = torch.round((w.reshape(-1) / _positive(self.weight_step)).clamp(low, high))
+        low, high = self._weight_bounds()
+        levels = torch.round((w / self._weight_step(w)).clamp(low, high)).reshape(-1)
         return levels.to(torch.int32) - low
 
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
-        low, _ = bounds(self.weight_bits, signed=True)
-        return ((codes + low).to(like.dtype) * _positive(self.weight_step)).view(like.shape)
+        low, _ = self._weight_bounds()
+        return (codes + low).to(like.dtype).view(like.shape) * self._weight_step(like)
+
+    def weight_grid(self) -> WeightGrid:
+        low, high = self._weight_bounds()
+        return WeightGrid(low, 1, low, high, _positive(self.weight_step))
+
+    def activation_grid(self) -> ActivationGrid | None:
+        if self.act_bits is None:
+            return None
+        low, high = (int(bound) for bound in self._act_bounds())
+        return ActivationGrid(low, high, _positive(self.act_step))
 
     def settings(self) -> dict[str, Any]:
-        return {"weight_bits": self.weight_bits, "act_bits": self.act_bits}
+        return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "channels": self.channels}
 
 
-def _first_step(x: Tensor, quant_max: int) -> Tensor:
-    size = x.abs().mean()
-    return 2 * torch.where(size > 0, size, torch.ones_like(size)) / math.sqrt(quant_max)
+def _first_step(x: Tensor, quant_max: Tensor) -> Tensor:
+    """(steps,) of the rows of x."""
+    size = x.abs().mean(1)
+    return 2 * torch.where(size > 0, size, torch.ones_like(size)) / quant_max.sqrt()
 
 
 def _positive(step: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from r2.config import Bits, Count, NonNegative, Positive, UserError
@@ -43,6 +42,7 @@ class DKM(Stage):
     batch_size: Count
     lr: Positive
     weight_decay: NonNegative
+    clip_norm: Positive | None
 
     def __post_init__(self) -> None:
         for bits in (self.weight_bits, *(self.layer_bits or {}).values()):
@@ -52,14 +52,16 @@ class DKM(Stage):
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
     ) -> tuple[nn.Module, dict]:
-        recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay)
+        recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
         if recipe.sync_bn:
             model = sync_batchnorm(model, run.world)
         began = time.monotonic()
         self.cluster(model, run.seed)
         initial = evaluate(model, data, run.world, recipe)
         clustered = time.monotonic()
-        done = train(model, data, recipe, run, "dkm", [optimizer_of(model, recipe)], batchnorm=self.batchnorm)
+        done = train(
+            model, data, recipe, run, "dkm", [optimizer_of(model, recipe)], batchnorm=self.batchnorm, keys="stage"
+        )
         inputs, _ = next(data.calibration(self.batch_size, run.seed))
         left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
         return model, {
@@ -86,4 +88,4 @@ class DKM(Stage):
         check_weights(layers)
         swap(layers, palette)
         for layer in compressed(model).values():
-            layer.quantizer.initialise(torch.empty(0), layer.weight, layer.operation, seed=seed)
+            layer.quantizer.initialise(None, layer.weight, layer.operation, seed=seed)

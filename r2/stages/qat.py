@@ -40,6 +40,7 @@ class QAT(Stage):
         bits: both widths, unless `weight_bits`, `act_bits` or `layer_bits` says otherwise.
         input_bits: of the image at the first layer; null leaves it as it is.
         layer_bits: widths of both by layer name pattern, e.g. {classifier: 8}.
+        clip_norm: of the gradient of all weights and quantizers together.
         batchnorm: 'train' lets the statistics move on, 'freeze' keeps those of pretraining.
     """
 
@@ -55,9 +56,10 @@ class QAT(Stage):
     lr: Positive
     quantizer_lr: Positive
     weight_decay: NonNegative
+    clip_norm: Positive | None
 
-    def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
-        """A new quantizer of one layer."""
+    def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
+        """A new quantizer of one layer of `channels` outputs."""
         raise NotImplementedError
 
     def optimizers(
@@ -78,7 +80,7 @@ class QAT(Stage):
     ) -> tuple[nn.Module, dict]:
         name = type(self).__name__.lower()
         if not self.from_scratch:
-            recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay)
+            recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
         if recipe.sync_bn:
             model = sync_batchnorm(model, run.world)
         began = time.monotonic()
@@ -88,7 +90,7 @@ class QAT(Stage):
 
         def quantizer(layer: str) -> Quantizer:
             act_bits = self.input_bits if layer == first else overrides.get(layer, self.act_bits)
-            return self.quantizer(overrides.get(layer, self.weight_bits), act_bits)
+            return self.quantizer(overrides.get(layer, self.weight_bits), act_bits, len(layers[layer].weight))  # type: ignore[arg-type]
 
         swap(layers, quantizer)
         images, _ = next(data.calibration(recipe.batch_size, run.seed))
@@ -105,6 +107,7 @@ class QAT(Stage):
             regularizer if self.from_scratch else None,
             before_epoch=self.before_epoch(model, layers, data, run),
             batchnorm=self.batchnorm,
+            keys="recipe" if self.from_scratch else "stage",
         )
         return model, {
             "metrics": evaluate(model, data, run.world, recipe),
@@ -123,16 +126,19 @@ class EWGS(QAT):
 
     Args:
         delta: gradient scaling, or 'hessian' to estimate it per layer (0 in the first epoch, as official).
+        weight_init: of the weights' bounds; 'official' is 3 std, 'capped' no more than the largest |w|.
     """
 
+    weight_init: Literal["official", "capped"]
     delta: NonNegative | Literal["hessian"]
     hessian_interval: Count
     hessian_batches: Count
     hessian_batch_size: Count
     hessian_probes: Count
 
-    def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
-        return ewgs.EWGS(weight_bits, act_bits, 0.0 if self.delta == "hessian" else float(self.delta))
+    def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
+        delta = 0.0 if self.delta == "hessian" else float(self.delta)
+        return ewgs.EWGS(weight_bits, act_bits, delta, self.weight_init)
 
     def optimizers(
         self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
@@ -158,14 +164,22 @@ class EWGS(QAT):
 
 @dataclass(frozen=True, kw_only=True)
 class LSQ(QAT):
-    """Steps are trained by the weights' SGD, at `quantizer_lr` and without weight decay."""
+    """Steps are trained by the weights' SGD, at `quantizer_lr` and without weight decay.
+
+    Args:
+        granularity: one step per weight tensor or per output channel.
+        step_limit: the gradient of a step is at most this times the step; null is the official rule.
+    """
+
+    granularity: Literal["tensor", "channel"]
+    step_limit: Positive | None
 
     def __post_init__(self) -> None:
         for bits in (self.weight_bits, *(self.layer_bits or {}).values()):
             lsq.bounds(bits, signed=True)
 
-    def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
-        return lsq.LSQ(weight_bits, act_bits)
+    def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
+        return lsq.LSQ(weight_bits, act_bits, channels if self.granularity == "channel" else 1, self.step_limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,19 +189,19 @@ class PACT(QAT):
     Args:
         from_scratch: train the untrained model by the whole recipe with the regularizer active, as the paper does;
             else fine-tune the pretrained one by `epochs`, `batch_size`, `lr` and `weight_decay`.
-        alpha: first clip of every layer.
+        alpha: first clip of every layer; null takes it from the first batch.
         alpha_decay: weight decay of the clips.
     """
 
     from_scratch: bool  # type: ignore[misc]
-    alpha: Positive
+    alpha: Positive | None
     alpha_decay: NonNegative
 
     def __post_init__(self) -> None:
         if self.input_bits == 1:
             raise UserError("stage.input_bits=1: the image has negative values, which 1 bit cannot sign under pact")
 
-    def quantizer(self, weight_bits: int, act_bits: int | None) -> Quantizer:
+    def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
         return pact.PACT(weight_bits, act_bits, self.alpha)
 
     def optimizers(
