@@ -15,6 +15,7 @@ or differentiate the value: `(loss + reg()).backward()`. Under DistributedDataPa
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from r2.config import Count, NonNegative, Positive
 from r2.kernels import argmax_abs, flat, fused
+
+# Shorter tensors are faster through plain PyTorch than the compiler's start-up is worth.
+_fused = partial(fused, at_least=1 << 18)
 
 
 def l_inf(w: Tensor) -> Tensor:
@@ -168,9 +172,13 @@ class LInf(Regularizer):
 class Margin(Regularizer):
     """Eq. 2 with one learnable margin M per layer (and column), initialised at 2 std of the weights.
 
-    dL/dM = 1 - (number of weights outside) is exact under autograd. With N weights it is of order N, and plain SGD
-    throws M far outside the weights (measured; see README, "Differences"). `add_gradients` therefore divides it by N.
+    dL/dM = sign(M) (1 - number of weights outside) is exact under autograd. With N weights it is of order N, and plain
+    SGD throws M far outside the weights; divided by N, M hardly ever shrinks. `add_gradients` clips it to [-1, 1],
+    where it is exact with at most two weights outside, and counts it in units of the first M: an update moves M by at
+    most lr weight / (1 - momentum) of its start, in a layer of any size, and as fast down as up.
     """
+
+    unit: Tensor
 
     def __init__(self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1, lr_mult: Positive = 1.0):
         super().__init__(model, weight, dim)
@@ -180,6 +188,7 @@ class Margin(Regularizer):
             part = self.part(w.detach(), j)
             start[i, j] = 2 * part.std() if part.numel() > 1 else part.abs().sum()  # one weight does not deviate
         self.margin = nn.Parameter(start)
+        self.register_buffer("unit", torch.where(start > 0, start, torch.ones_like(start)))
         self._counts = torch.zeros_like(self.margin.detach())
 
     def term(self, w: Tensor, layer: int, column: int) -> Tensor:
@@ -188,9 +197,10 @@ class Margin(Regularizer):
     def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
         m = self.margin.detach()[layer, column]
         scale = torch.full((), self.weight, dtype=w.dtype, device=w.device)
-        excess, outside = (_margin if w.numel() >= FUSE_FROM else _margin.plain)(w, grad, m.abs(), scale)
+        excess, outside = _margin(w, grad, m.abs(), scale)
         assert self.margin.grad is not None
-        self.margin.grad[layer, column] += self.weight * m.sign() * (1 - outside) / w.numel()
+        slope = m.sign() * (1 - outside).clamp(-1, 1) * self.unit[layer, column]
+        self.margin.grad[layer, column] += self.weight * slope
         self._counts[layer, column] = outside
         return m.abs() + excess
 
@@ -201,11 +211,7 @@ class Margin(Regularizer):
         }
 
 
-# Shorter tensors are faster through plain PyTorch than the compiler's start-up is worth.
-FUSE_FROM = 1 << 18
-
-
-@fused
+@_fused
 def _margin(w: Tensor, grad: Tensor, m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     size = w.abs()
     outside = size > m
@@ -238,19 +244,18 @@ class SoftMinMax(Regularizer):
         return soft_min_max(w, alpha) - (torch.exp(-alpha) if column else 0)
 
     def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
-        use_fused = w.numel() >= FUSE_FROM
         alpha = self.temperature.detach()[layer]
         low, high = w.aminmax()
         # exp(alpha (w - peak)) <= 1 for either sign of alpha
         top, bottom = torch.where(alpha >= 0, high, low), torch.where(alpha >= 0, low, high)
-        sums = (_soft_sums if use_fused else _soft_sums.plain)(w, alpha, top, bottom)
+        sums = _soft_sums(w, alpha, top, bottom)
         zp, p1, p2, zq, q1, q2 = sums
         s_max, s_min = p1 / zp, q1 / zq
         coefficients = torch.stack(
             [self.weight * (1 - alpha * s_max) / zp, self.weight * alpha / zp,
              self.weight * (1 + alpha * s_min) / zq, self.weight * alpha / zq]
         )  # fmt: skip
-        (_soft_gradient if use_fused else _soft_gradient.plain)(w, grad, alpha, top, bottom, *coefficients)
+        _soft_gradient(w, grad, alpha, top, bottom, *coefficients)
         spread = (p2 / zp - s_max**2) + (q2 / zq - s_min**2)
         once = torch.exp(-alpha) if column == 0 else torch.zeros_like(alpha)
         assert self.temperature.grad is not None
@@ -262,14 +267,14 @@ class SoftMinMax(Regularizer):
         return {"temperature_min": alpha.min().item(), "temperature_max": alpha.max().item()}
 
 
-@fused
+@_fused
 def _soft_sums(w: Tensor, alpha: Tensor, top: Tensor, bottom: Tensor) -> tuple[Tensor, ...]:
     p, q = torch.exp(alpha * (w - top)), torch.exp(alpha * (bottom - w))
     pw, qw = p * w, q * w
     return p.sum(), pw.sum(), (pw * w).sum(), q.sum(), qw.sum(), (qw * w).sum()
 
 
-@fused
+@_fused
 def _soft_gradient(
     w: Tensor, grad: Tensor, alpha: Tensor, top: Tensor, bottom: Tensor,
     p0: Tensor, p1: Tensor, q0: Tensor, q1: Tensor
@@ -296,9 +301,8 @@ class Kurtosis(Regularizer):
         n = w.numel()
         if n < 2:
             return torch.zeros((), dtype=w.dtype, device=w.device)
-        use_fused = n >= FUSE_FROM
         # Power sums about the first weight: exact enough in float32 while the weights are centred near zero.
-        sums = (_moments if use_fused else _moments.plain)(w)
+        sums = _moments(w)
         raw1, raw2, raw3, raw4 = (s.double() / n if w.device.type != "mps" else s / n for s in sums)
         mean = raw1
         m2 = (raw2 - mean**2).clamp(min=0)
@@ -313,17 +317,17 @@ class Kurtosis(Regularizer):
         skew = m3 * inverse**3
         # factor (z^3 - mean z^3 - z k n / (n - 1)), z = (w - mean) inverse
         arguments = [mean, inverse, factor, -factor * kurt * n / (n - 1), -factor * skew]
-        (_kurtosis_gradient if use_fused else _kurtosis_gradient.plain)(w, grad, *(a.to(w.dtype) for a in arguments))
+        _kurtosis_gradient(w, grad, *(a.to(w.dtype) for a in arguments))
         return torch.where(valid, (kurt - self.target) ** 2, 0.0).to(w.dtype)
 
 
-@fused
+@_fused
 def _moments(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     square = w * w
     return w.sum(), square.sum(), (square * w).sum(), (square * square).sum()
 
 
-@fused
+@_fused
 def _kurtosis_gradient(
     w: Tensor, grad: Tensor, mean: Tensor, inverse: Tensor, cubic: Tensor, linear: Tensor, constant: Tensor
 ) -> None:

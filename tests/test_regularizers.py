@@ -67,9 +67,8 @@ def test_add_gradients_equals_autograd(kind, dim, channels_last):
     for p, e in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, e, atol=1e-6, rtol=1e-4)
     for p, e in zip(reg.parameters(), own, strict=True):
-        if kind is R.Margin:  # documented: divided by the number of weights
-            counts = [w[j::dim].numel() for w in R.weights_of(model).values() for j in range(dim)]
-            e = e / torch.tensor(counts).view_as(e)
+        if kind is R.Margin:  # documented: clipped to [-1, 1], in units of the first margin
+            e = (e / reg.weight).clamp(-1, 1) * reg.weight * reg.unit
         torch.testing.assert_close(p.grad, e, atol=1e-7, rtol=1e-4)
 
 
@@ -78,8 +77,10 @@ def test_fused_kernels_equal_plain_ones(kind, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48))
     found = {}
+    kernels = [kernel for kernel in vars(R).values() if isinstance(kernel, R.fused)]
     for threshold in (0, 1 << 30):
-        monkeypatch.setattr(R, "FUSE_FROM", threshold)
+        for kernel in kernels:
+            monkeypatch.setattr(kernel, "at_least", threshold)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         value = kind(model).add_gradients()
@@ -127,7 +128,7 @@ def _descend(reg, model, lr, steps, exact=False):
 
 
 def test_margin_runs_away_under_the_exact_gradient_and_not_in_training():
-    """The trap: dL/dM is of order N. Divided by N, M stays where the weights are."""
+    """The trap: dL/dM is of order N. Clipped, M stays where the weights are."""
     torch.manual_seed(0)
     model = nn.Linear(1000, 100, bias=False)
     frozen = copy.deepcopy(model)
@@ -136,6 +137,38 @@ def test_margin_runs_away_under_the_exact_gradient_and_not_in_training():
     model.weight.data.normal_(0, 0.03)
     sizes = _descend(R.Margin(model), model, 0.4, 200)
     assert all(0 < s < 10 * 0.15 for s in sizes)
+
+
+@pytest.mark.parametrize("lr", [0.05, 0.4, 1.0])
+@pytest.mark.parametrize("count", [10, 1000, 100_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+def test_margin_grows_and_shrinks_as_fast_in_a_layer_of_any_size(count, lr):
+    """With the weights held where they are: towards the balance from below and from above, and it stays there."""
+    torch.manual_seed(0)
+    model = nn.Linear(count, 1, bias=False)
+    nn.init.normal_(model.weight, std=0.05)
+    held = copy.deepcopy(model)
+    largest = model.weight.abs().max().item()
+    steps = round(80 / lr)
+    for start in (0.2, 3.0):
+        reg = R.Margin(model)
+        unit = reg.unit.item()
+        reg.margin.data.fill_(start * largest)
+        optimizer = torch.optim.SGD(reg.param_groups(lr), lr, momentum=0.9, nesterov=True)
+        sizes = []
+        for _ in range(steps):
+            model.load_state_dict(held.state_dict())
+            model.weight.grad, reg.margin.grad = torch.zeros_like(model.weight), None
+            reg.add_gradients()
+            optimizer.step()
+            sizes.append(reg.margin.abs().item())
+        moves = [abs(b - a) for a, b in zip(sizes, sizes[1:], strict=False)]
+        assert max(moves) <= lr * reg.weight / (1 - 0.9) * unit * 1.01
+        assert all(0 <= size <= 4 * largest for size in sizes)
+        if start < 1:
+            assert max(sizes) > 0.9 * largest
+        else:
+            assert min(sizes) < min(start * largest, 2.2 * largest)
+    assert sizes[-1] < 3.0 * largest
 
 
 def test_soft_min_max_temperature_stalls_where_theory_says():
