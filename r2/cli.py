@@ -27,9 +27,13 @@ def refuse(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """A user's mistake inside ends the program with its line and status 2."""
+    """A user's mistake inside ends the program with its line and status 2; a reader that left (| head) is no error."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(0) from None
     except (UserError, *COMPOSE_ERRORS) as error:
         refuse(error)
         raise SystemExit(2) from None
@@ -83,6 +87,8 @@ def main(start: Callable[[dict], Any]) -> None:
         except (JobRefused, JobFailed) as end:
             _tell(failures if sweep else [])
             raise SystemExit(2 if isinstance(end, JobRefused) else 1) from None
+        except BrokenPipeError:
+            raise
         except (*COMPOSE_ERRORS, ValueError) as error:  # Hydra's own; the job's do not come here
             raise UserError(one_line(error)) from None
         except OSError as error:  # Hydra makes the folder of a sweep before its first job

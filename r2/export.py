@@ -10,7 +10,6 @@ QuantizeLinear and DequantizeLinear. Biases and output scales stay float.
 import argparse
 import contextlib
 import copy
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from r2 import pack, record, store
+from r2.cli import refusals
 from r2.config import UserError, build
 from r2.data.batches import IGNORED, Data
 from r2.dist import World
@@ -263,11 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a run's folder, with record.json and model.safetensors")
     parser.add_argument("--out", type=Path, help="the ONNX file; <run>/model.onnx by default")
     parsed = parser.parse_args(arguments)
-    try:
+    with refusals():
         _export_run(parsed.run, parsed.out or parsed.run / "model.onnx")
-    except UserError as error:
-        print(f"r2: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def _export_run(run: Path, path: Path) -> None:

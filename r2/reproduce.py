@@ -236,15 +236,15 @@ def collect(cells: Iterable, records: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    words = sys.argv[1:] if arguments is None else arguments
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
+    words, failed = sys.argv[1:] if arguments is None else arguments, 0
     from r2.cli import refusals
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with refusals():
-        failed = reproduce(read(words))
+        if not words or {"-h", "--help"} & set(words):
+            print(__doc__)
+        else:
+            failed = reproduce(read(words))
     raise SystemExit(1 if failed else 0)
 
 

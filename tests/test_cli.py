@@ -1,6 +1,7 @@
 """The command line: one clear line per mistake, before torch is imported; then the flow on made-up data."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,16 @@ for number, words in enumerate(json.loads(sys.argv[1])):
     with open(f"{number}.code", "w") as file:
         print(os.waitstatus_to_exitcode(os.wait()[1]), file=file)
 """
+
+
+@pytest.mark.parametrize("words", ["r2.run --help", "r2.run --cfg job", "r2.reproduce --help"])
+def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, env=ENV)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.fixture(scope="module")

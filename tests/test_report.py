@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_tables import none, record, sealed
 
+from r2 import store
 from r2.record import read_all
 from r2.report import claims, figures, page, tables
 
@@ -61,6 +62,20 @@ def test_the_page_shows_what_was_measured_and_how_to_repeat_it(folder):
     assert '<td class="verdict holds">holds</td>' in text and "A <em>finding</em> &lt;script&gt;" in text
     written = {p.name for p in (folder / "digits").iterdir()} | {p.name for p in folder.iterdir()}
     assert {"tables.md", "tables.csv", "tables.tex", "claims.md"} <= written
+
+
+def test_only_the_repository_s_own_results_feed_its_readme(tmp_path, monkeypatch):
+    """Records of anybody's runs, in a folder inside the checkout, leave the README as it is."""
+    readme = ROOT / "README.md"
+    before = readme.read_bytes()
+    (tmp_path / "README.md").write_text(f"mine\n{page.MARKS[0]}\n{page.MARKS[1]}\n")
+    for number, path in enumerate(sorted((ROOT / "results" / "records").glob("*.json"))[:4]):
+        store.make_directory(tmp_path / "outputs" / "records")
+        (tmp_path / "outputs" / "records" / f"{number}.json").write_bytes(path.read_bytes())
+    written = page.write(tmp_path / "outputs")
+    assert readme.read_bytes() == before and readme not in written
+    assert (tmp_path / "README.md").read_text().startswith("mine") and len((tmp_path / "README.md").read_text()) < 120
+    assert all(path.exists() and tmp_path in path.parents for path in written)
 
 
 def test_a_second_rendering_changes_nothing(folder):

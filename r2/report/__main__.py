@@ -3,7 +3,8 @@
 python -m r2.report             # results/ of this repository
 python -m r2.report outputs     # any folder of runs
 
-Writes <folder>/<data>/tables.{md,csv,tex} and figures/, <folder>/claims.md and <folder>/report.html. What stands in
+Writes <folder>/<data>/tables.{md,csv,tex} and figures/, <folder>/claims.md and <folder>/report.html; of results/, the
+README's block too, which no other folder touches. What stands in
 <folder>/<data>/notes.md is written by hand and shown on the page.
 """
 
@@ -20,8 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="results (default), or an out=DIR")
     folder = parser.parse_args(arguments).folder
     with refusals():
-        write(folder, folder / "pretrained")
-    print(f"{folder / 'report.html'}, {folder / 'claims.md'} and {folder}/<data>/ are written")
+        for path in write(folder, folder / "pretrained"):
+            print(f"written: {path}")
 
 
 if __name__ == "__main__":
