@@ -4,11 +4,15 @@ The functions it wraps take flat tensors and run at memory speed once fused; wri
 their operations reads and writes the whole tensor. TORCH_COMPILE_DISABLE=1 (PyTorch's own switch) turns it off.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# Where there is a CUDA toolkit and no GPU, the first compilation would warn of that.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 class fused:

@@ -81,6 +81,9 @@ class OneBatch(Data):
     def __init__(self, steps: int):
         self.train_images = arguments.batch * steps
 
+    def _contents(self):
+        yield from (images.cpu().numpy(), labels.cpu().numpy())
+
     def train(self, batch_size, seed, epoch, start=0):
         return ((images, labels) for _ in range(self.train_images // batch_size))
 
