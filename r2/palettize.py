@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r2.clustering.kmeans import initial_centroids
-from r2.clustering.passes import alive, passes_over
+from r2.clustering.passes import Passes, alive, passes_over
 from r2.kernels import flat, unflat
 from r2.quantizers.layers import Operation, Quantizer
 
@@ -97,6 +97,17 @@ class _DKM(torch.autograd.Function):
             before = passes.back(centroids[t], centroids[-1], u, v, wanted, last=t == len(counts) - 1)
             d = before + torch.where(living, 0.0, d) if wanted else None
         return passes.gradient(), d.to(w.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def relative_temperature(bits: int, dim: int = 1) -> float:
+    """A temperature in variances of a layer's weights that leaves some weights soft, and every centroid its own.
+
+    min(0.1 / L, 1 / L^2) of the L = 2^(bits / dim) levels per weight: 0.05, 0.025, 0.0039 for 1, 2 and 4 bits. The
+    first is what training does best with at few levels. The second keeps centroids apart: two of them merge at twice
+    their cluster's variance (Rose 1990), and that of L clusters of uniform weights is 1 / L^2 of the layer's.
+    """
+    levels = 2 ** (bits / dim)
+    return min(0.1 / levels, 1 / levels**2)
 
 
 def vectorize(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -208,6 +219,19 @@ class Palette(Quantizer):
         c = self.centroids.clone()
         same = (c[:, None] == c[None]).all(2).tril(-1).sum(1)  # how many before each are equal to it
         return c + same[:, None] * (0.01 * self.layer_temperature.sqrt()) if same.any() else c
+
+    @torch.no_grad()
+    def soft_share(self, w: Tensor, certain: float = 0.99) -> float | None:
+        """Share of the vectors whose largest attention is below `certain`, 0 where training is plain k-means.
+
+        None where the layer has no vector.
+        """
+        vectors = vectorize(w, self.dim)[0].float()
+        if not len(vectors):
+            return None
+        passes = Passes(vectors.t()[None], self.centroids, float(self.layer_temperature))
+        soft = sum((attention.amax(0) < certain).sum() for _, _, attention in passes.attention(self.centroids))
+        return int(soft) / len(vectors)
 
     def tail_channels(self, w: Tensor) -> int:
         return w.shape[0] % self.dim

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from r2.clustering import passes
-from r2.palettize import Palette, dkm, hard, initial_centroids, unvectorize, vectorize
+from r2.palettize import Palette, dkm, hard, initial_centroids, relative_temperature, unvectorize, vectorize
 
 compiled = pytest.mark.skipif(os.environ.get("TORCH_COMPILE_DISABLE") == "1", reason="kernels are switched off")
 
@@ -334,3 +334,41 @@ def test_equal_centroids_part():
     for _ in range(20):
         palette.weight(w)
     assert len(palette.centroids.unique()) == 4 and palette.centroids.std() > 0.01
+
+
+def drawn(shape, of, std):
+    """Weights of a distribution with the standard deviation `std`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if of == "normal":
+            return std * torch.randn(shape)
+        if of == "laplace":
+            return std * torch.distributions.Laplace(0.0, 0.5**0.5).sample(shape)
+        return std * 3**0.5 * (2 * torch.rand(shape) - 1)
+
+
+@pytest.mark.parametrize("std", [0.01, 0.5])
+@pytest.mark.parametrize("of", ["normal", "laplace", "uniform"])
+@pytest.mark.parametrize("bits, dim", [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4)])
+def test_the_default_temperature_leaves_weights_soft_and_centroids_apart(bits, dim, of, std):
+    w = drawn((64, 256), of, std)
+    palette = Palette(bits, dim, relative_temperature(bits, dim), relative=True)
+    palette.initialise(None, w, None)
+    vectors, _ = vectorize(w, dim)
+    best = inertia(vectors, palette.centroids)
+    for _ in range(10):
+        palette.weight(w)
+    assert 0.03 < palette.soft_share(w) < 0.5
+    assert len(hard(vectors, palette.centroids).unique()) == 2**bits
+    assert inertia(vectors, palette.centroids) < 1.1 * best
+
+
+def test_the_absolute_temperature_is_hard_clustering_of_wide_weights():
+    w = drawn((64, 256), "normal", 0.5)
+    palette = Palette(1)
+    palette.initialise(None, w, None)
+    assert palette.soft_share(w) < 0.003
+    c, attended = palette.centroids.flatten().double(), w.flatten().double()
+    attention = torch.softmax(-(attended[:, None] - c).square() / 1e-4, 1).amax(1)
+    assert palette.soft_share(w) == pytest.approx((attention < 0.99).double().mean().item(), abs=1e-4)
+    assert Palette(1, 4).soft_share(torch.zeros(3, 2)) is None  # no vector
