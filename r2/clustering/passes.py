@@ -45,9 +45,9 @@ def passes_over(w: Tensor, centroids: Tensor, temperature: float | Tensor, itera
 
 
 def alive(count: Tensor, w: Tensor) -> Tensor:
-    """Which clusters have weight. The float32 kernel has no attention below 2^-100."""
+    """Which clusters have weight. The float32 kernel has no attention below 2^-60."""
     numbers = w.shape[0] * w.shape[2]
-    return count > numbers * (1e-300 if w.dtype == torch.float64 else 2.0**-99)
+    return count > numbers * (1e-300 if w.dtype == torch.float64 else 2.0**-59)
 
 
 class Passes:
