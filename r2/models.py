@@ -2,7 +2,8 @@
 
 ResNet-18 and MobileNet-V2 are torchvision's, with its parameter names; additions, pooling and every use of ReLU are
 modules of their own here, so that a quantizer finds each activation. Strides are ImageNet's at every image size, so
-a small study trains the same network. Widths 0.25, 0.5 and 1.0 give the parameter counts of the paper's Table 3.
+a small study trains the same network, unless `small_input` asks for the last one to be left out. Widths 0.25, 0.5 and
+1.0 give the parameter counts of the paper's Table 3.
 """
 
 from collections.abc import Callable
@@ -31,10 +32,25 @@ def _described(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @wraps(build)
     def built(num_classes: int, width_mult: float = 1.0, **options: float) -> nn.Module:
         model = build(num_classes, width_mult, **options)
-        model.architecture = {"name": build.__name__, "num_classes": num_classes, "width_mult": width_mult}  # type: ignore[assignment]
+        small = {"small_input": True} if options.get("small_input") else {}
+        model.architecture = {"name": build.__name__, "num_classes": num_classes, "width_mult": width_mult, **small}  # type: ignore[assignment]
         return model
 
     return built
+
+
+def _strided_once_less(network: nn.Module) -> nn.Module:
+    """The network with stride 1 in the block that strides last: 32x32 images then end in 2x2 maps instead of 1x1.
+
+    Of a 3x3 kernel on a 1x1 map only the middle ever sees data; the other weights would keep their initial values, yet
+    count in every range, step and centroid. Parameters and their names stay.
+    """
+    last = [name for name, m in network.named_modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)][-1]
+    block = network.get_submodule(".".join(last.split(".")[:2]))
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+    return network
 
 
 class _Block(BasicBlock):
@@ -50,8 +66,13 @@ class _Block(BasicBlock):
 
 
 @_described
-def resnet18(num_classes: Count, width_mult: Width = 1.0) -> nn.Module:
+def resnet18(num_classes: Count, width_mult: Width = 1.0, small_input: bool = False) -> nn.Module:
     """torchvision's ResNet-18; images (n, 3, h, w) to logits (n, num_classes)."""
+    network = _resnet18(num_classes, width_mult)
+    return _strided_once_less(network) if small_input else network
+
+
+def _resnet18(num_classes: int, width_mult: float) -> nn.Module:
     if width_mult == 1.0:
         return ResNet(_Block, [2, 2, 2, 2], num_classes=num_classes)
     # torchvision fixes ResNet-18's widths, so the four stages are built again with its own block builder.
@@ -93,9 +114,12 @@ class _MobileNetV2(MobileNetV2):
 
 
 @_described
-def mobilenet_v2(num_classes: Count, width_mult: Width = 1.0, dropout: Fraction = 0.2) -> nn.Module:
+def mobilenet_v2(
+    num_classes: Count, width_mult: Width = 1.0, dropout: Fraction = 0.2, small_input: bool = False
+) -> nn.Module:
     """torchvision's MobileNet-V2; images (n, 3, h, w) to logits (n, num_classes)."""
-    return _MobileNetV2(num_classes=num_classes, width_mult=width_mult, dropout=dropout)
+    network = _MobileNetV2(num_classes=num_classes, width_mult=width_mult, dropout=dropout)
+    return _strided_once_less(network) if small_input else network
 
 
 class MobileNetV1(nn.Module):
@@ -144,6 +168,7 @@ def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: in
 
 
 @_described
-def mobilenet_v1(num_classes: Count, width_mult: Width = 1.0) -> nn.Module:
+def mobilenet_v1(num_classes: Count, width_mult: Width = 1.0, small_input: bool = False) -> nn.Module:
     """MobileNet-V1; images (n, 3, h, w) to logits (n, num_classes)."""
-    return MobileNetV1(num_classes, width_mult)
+    network = MobileNetV1(num_classes, width_mult)
+    return _strided_once_less(network) if small_input else network

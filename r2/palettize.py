@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r2.clustering.kmeans import initial_centroids
-from r2.clustering.passes import alive, passes_over
+from r2.clustering.passes import Passes, alive, on_host, passes_over
 from r2.kernels import flat, unflat
 from r2.quantizers.layers import Operation, Quantizer
 
@@ -53,50 +53,73 @@ def dkm(
 
 
 def _dkm(
-    blocks: Tensor, centroids: Tensor, temperature: float, iterations: int, tolerance: float
+    blocks: Tensor, centroids: Tensor, temperature: float | Tensor, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """`dkm` of vectors in blocks (b, d, m): vector i of block b is blocks[b, :, i]."""
+    """`dkm` of vectors in blocks (b, d, m): vector i of block b is blocks[b, :, i]; temperature () may be a tensor."""
     exact = torch.float64 if blocks.dtype == torch.float64 else torch.float32
-    soft, new = _DKM.apply(blocks.to(exact), centroids.to(exact), float(temperature), iterations, tolerance)
+    soft, new = _DKM.apply(blocks.to(exact), centroids.to(exact), temperature, iterations, tolerance)
     return soft.to(blocks.dtype), new.to(centroids.dtype)
 
 
 class _DKM(torch.autograd.Function):
+    """Iteration t goes from `before[t]` to `after[t]`.
+
+    Once an iteration has moved no centroid by more than the tolerance, the following ones start where it started and
+    so repeat it, bit for bit: the result, and the gradient, is that of stopping there, but no one has to look. Where
+    looking costs no wait for a device, the loop ends instead.
+    """
+
     @staticmethod
     def forward(ctx, w, start, temperature, iterations, tolerance):  # type: ignore[no-untyped-def]
         w = w.contiguous()
         passes = passes_over(w, start, temperature, iterations if tolerance == 0 else 1)  # most stop at once
-        centroids, counts = [start], []
-        for _ in range(iterations):
-            count, total = passes.sums(centroids[-1])
+        before, after, counts, settled = [start], [], [], []
+        for t in range(iterations):
+            c = before[t]
+            count, total = passes.sums(c)
             counts.append(count)
-            moved = torch.where(alive(count, w)[:, None], (total / count[:, None]).to(w.dtype), centroids[-1])
-            centroids.append(moved)
-            if tolerance > 0 and (centroids[-1] - centroids[-2]).abs().max() <= tolerance:
+            after.append(torch.where(alive(count, w)[:, None], (total / count[:, None]).to(w.dtype), c))
+            settled.append((after[t] - c).abs().max() <= tolerance if tolerance > 0 else None)
+            if t + 1 == iterations or (settled[t] is not None and on_host(w) and settled[t].numpy()):
                 break
-        soft = passes.output(*centroids[-2:])
-        ctx.save_for_backward(w, torch.stack(centroids), torch.stack(counts))
+            before.append(after[t] if settled[t] is None else torch.where(settled[t], c, after[t]))
+        soft = passes.output(before[-1], after[-1])
+        ctx.settled = settled
+        ctx.save_for_backward(w, torch.stack(before), torch.stack(after), torch.stack(counts))
         passes.w, ctx.passes = w[:0], passes  # autograd keeps the weights, and knows if they changed meanwhile
-        ctx.mark_non_differentiable(moved)
-        return soft, moved
+        ctx.mark_non_differentiable(after[-1])
+        return soft, after[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-        w, centroids, counts = ctx.saved_tensors
+        w, before, after, counts = ctx.saved_tensors
         passes = copy.copy(ctx.passes)
         passes.w = w
-        # d: the loss's gradient in the centroids after iteration t
-        d = passes.pull(grad.contiguous(), centroids[-2])
+        # d: the loss's gradient in after[t]; past: in before[t], by way of the iterations that repeat this one
+        d, past = passes.pull(grad.contiguous(), before[-1]), 0.0
         for t in reversed(range(len(counts))):
             living = alive(counts[t], w)[:, None]
             # C' = S / N: the gradient in S, and in N where A v stands for A dN
             u = torch.where(living, d / counts[t][:, None], 0.0)
-            v = -(u * centroids[t + 1]).sum(1)
+            v = -(u * after[t]).sum(1)
             wanted = t > 0 or ctx.needs_input_grad[1]
-            before = passes.back(centroids[t], centroids[-1], u, v, wanted, last=t == len(counts) - 1)
-            d = before + torch.where(living, 0.0, d) if wanted else None
+            started = passes.back(before[t], after[-1], u, v, wanted, last=t == len(counts) - 1)
+            d = started + torch.where(living, 0.0, d) + past if wanted else None
+            if t > 0 and (repeated := ctx.settled[t - 1]) is not None:
+                d, past = torch.where(repeated, 0.0, d), torch.where(repeated, d, 0.0)
         return passes.gradient(), d.to(w.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def relative_temperature(bits: int, dim: int = 1) -> float:
+    """A temperature in variances of a layer's weights that leaves some weights soft, and every centroid its own.
+
+    min(0.1 / L, 1 / L^2) of the L = 2^(bits / dim) levels per weight: 0.05, 0.025, 0.0039 for 1, 2 and 4 bits. The
+    first is what training does best with at few levels. The second keeps centroids apart: two of them merge at twice
+    their cluster's variance (Rose 1990), and that of L clusters of uniform weights is 1 / L^2 of the layer's.
+    """
+    levels = 2 ** (bits / dim)
+    return min(0.1 / levels, 1 / levels**2)
 
 
 def vectorize(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -195,7 +218,7 @@ class Palette(Quantizer):
         start = self._separated()
         head = w if whole == w.shape[0] else w[:whole]  # a slice of everything would cost two copies of the gradient
         blocks = flat(w).view(1, 1, -1) if self.dim == 1 else _blocks(head, self.dim)
-        soft, new = _dkm(blocks, start, float(self.layer_temperature), self.iterations, self.tolerance)
+        soft, new = _dkm(blocks, start, self.layer_temperature, self.iterations, self.tolerance)
         with torch.no_grad():
             self.centroids.copy_(new)
         if self.dim == 1:
@@ -207,7 +230,20 @@ class Palette(Quantizer):
     def _separated(self) -> Tensor:
         c = self.centroids.clone()
         same = (c[:, None] == c[None]).all(2).tril(-1).sum(1)  # how many before each are equal to it
-        return c + same[:, None] * (0.01 * self.layer_temperature.sqrt()) if same.any() else c
+        return c + same[:, None] * (0.01 * self.layer_temperature.sqrt())
+
+    @torch.no_grad()
+    def soft_share(self, w: Tensor, certain: float = 0.99) -> float | None:
+        """Share of the vectors whose largest attention is below `certain`, 0 where training is plain k-means.
+
+        None where the layer has no vector.
+        """
+        vectors = vectorize(w, self.dim)[0].float()
+        if not len(vectors):
+            return None
+        passes = Passes(vectors.t()[None], self.centroids, float(self.layer_temperature))
+        soft = sum((attention.amax(0) < certain).sum() for _, _, attention in passes.attention(self.centroids))
+        return int(soft) / len(vectors)
 
     def tail_channels(self, w: Tensor) -> int:
         return w.shape[0] % self.dim

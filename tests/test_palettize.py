@@ -6,9 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from r2 import models, palettize
 from r2.clustering import passes
-from r2.palettize import Palette, dkm, hard, initial_centroids, unvectorize, vectorize
+from r2.palettize import Palette, dkm, hard, initial_centroids, relative_temperature, unvectorize, vectorize
+from r2.quantizers.layers import compressed, quantizable, swap
 
 compiled = pytest.mark.skipif(os.environ.get("TORCH_COMPILE_DISABLE") == "1", reason="kernels are switched off")
 
@@ -334,3 +337,107 @@ def test_equal_centroids_part():
     for _ in range(20):
         palette.weight(w)
     assert len(palette.centroids.unique()) == 4 and palette.centroids.std() > 0.01
+
+
+def drawn(shape, of, std):
+    """Weights of a distribution with the standard deviation `std`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if of == "normal":
+            return std * torch.randn(shape)
+        if of == "laplace":
+            return std * torch.distributions.Laplace(0.0, 0.5**0.5).sample(shape)
+        return std * 3**0.5 * (2 * torch.rand(shape) - 1)
+
+
+@pytest.mark.parametrize("std", [0.01, 0.5])
+@pytest.mark.parametrize("of", ["normal", "laplace", "uniform"])
+@pytest.mark.parametrize("bits, dim", [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 4)])
+def test_the_default_temperature_leaves_weights_soft_and_centroids_apart(bits, dim, of, std):
+    w = drawn((64, 256), of, std)
+    palette = Palette(bits, dim, relative_temperature(bits, dim), relative=True)
+    palette.initialise(None, w, None)
+    vectors, _ = vectorize(w, dim)
+    best = inertia(vectors, palette.centroids)
+    for _ in range(10):
+        palette.weight(w)
+    assert 0.03 < palette.soft_share(w) < 0.5
+    assert len(hard(vectors, palette.centroids).unique()) == 2**bits
+    assert inertia(vectors, palette.centroids) < 1.1 * best
+
+
+def test_the_absolute_temperature_is_hard_clustering_of_wide_weights():
+    w = drawn((64, 256), "normal", 0.5)
+    palette = Palette(1)
+    palette.initialise(None, w, None)
+    assert palette.soft_share(w) < 0.003
+    c, attended = palette.centroids.flatten().double(), w.flatten().double()
+    attention = torch.softmax(-(attended[:, None] - c).square() / 1e-4, 1).amax(1)
+    assert palette.soft_share(w) == pytest.approx((attention < 0.99).double().mean().item(), abs=1e-4)
+    assert Palette(1, 4).soft_share(torch.zeros(3, 2)) is None  # no vector
+
+
+# ------------------------------------------------------------------------------------------------ no wait for a device
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """What runs on a GPU, on the CPU."""
+    for module in (passes, palettize):
+        monkeypatch.setattr(module, "on_host", lambda x: False)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result the host has to wait for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+        return function(*args, **(kwargs or {}))
+
+
+def waits_of_a_step(build, bits, dim):
+    torch.manual_seed(0)
+    model = build(10, 0.25)
+    swap(quantizable(model), lambda _: Palette(bits, dim, relative_temperature(bits, dim), relative=True))
+    for layer in compressed(model).values():
+        layer.quantizer.initialise(None, layer.weight, None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    with Waits() as waits:
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return waits.count
+
+
+@pytest.mark.parametrize("build", [models.resnet18, models.mobilenet_v2])
+@pytest.mark.parametrize("bits, dim", [(1, 1), (4, 1), (2, 2)])
+def test_a_step_waits_for_nothing(build, bits, dim, as_on_a_device):
+    with Waits() as one:
+        float(torch.ones(()))
+    assert one.count == 1 and waits_of_a_step(build, bits, dim) == 0
+
+
+@pytest.mark.parametrize("build", [models.resnet18, models.mobilenet_v2])
+def test_nor_does_one_without_kernels(build, monkeypatch):
+    monkeypatch.setattr(passes, "_library", lambda k, d: None)  # as with TORCH_COMPILE_DISABLE=1
+    assert waits_of_a_step(build, 2, 1) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 4])
+@pytest.mark.parametrize("bits, dim", [(1, 1), (4, 1), (4, 2)])
+def test_repeating_the_last_iteration_is_stopping_there(bits, dim, rank, as_on_a_device):
+    """Values and gradients in float64, against autograd through as many iterations as the tolerance asks for."""
+    w, c, g = problem(300, 2**bits, dim)
+    shifts = [(dense(w, c, 1e-4, i + 1)[1] - (dense(w, c, 1e-4, i)[1] if i else c)).abs().max() for i in range(5)]
+    tolerance = sorted(shifts, reverse=True)[rank].item() * 1.0001
+    needed = next(i + 1 for i, shift in enumerate(shifts) if shift <= tolerance)
+    w.requires_grad_(), c.requires_grad_()
+    expected, centroids = dense(w, c, 1e-4, needed)
+    exact = torch.autograd.grad(expected, [w, c], g)
+    soft, new = dkm(w, c, 1e-4, 5, tolerance)
+    torch.testing.assert_close((soft, new), (expected, centroids), atol=1e-14, rtol=0)
+    found = torch.autograd.grad(soft, [w, c], g)
+    torch.testing.assert_close(found, exact, atol=1e-9 * max(x.abs().max().item() for x in exact), rtol=1e-9)

@@ -22,11 +22,22 @@ PARALLEL_FROM = 1 << 15  # fewer weights take one thread
 _PIECE = 1 << 12  # as in passes.cpp
 
 
-def passes_over(w: Tensor, centroids: Tensor, temperature: float, iterations: int = 1) -> "Passes":
-    """The fastest passes over the vectors (b, d, m), for about so many iterations."""
+def on_host(x: Tensor) -> bool:
+    """Whether the host can look at a value without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def passes_over(w: Tensor, centroids: Tensor, temperature: float | Tensor, iterations: int = 1) -> "Passes":
+    """The fastest passes over the vectors (b, d, m), for about so many iterations; none of them waits for a device.
+
+    Args:
+        temperature: a number, or () on the vectors' device.
+    """
     (k, d), n = centroids.shape, w.shape[0] * w.shape[2]
-    usual = w.dtype == torch.float32 and w.device.type == "cpu" and temperature > 1e-30
-    if not usual or n < NATIVE_FROM or _library(k, d) is None:
+    if w.dtype != torch.float32 or not on_host(w) or n < NATIVE_FROM or _library(k, d) is None:
+        return Passes(w, centroids, temperature)
+    temperature = float(temperature)
+    if temperature <= 1e-30:
         return Passes(w, centroids, temperature)
     if d == 1 and k * iterations >= 8 and n >= GRID_FROM:
         return Grid.of(w, centroids, temperature) or Native(w, centroids, temperature)
@@ -34,9 +45,9 @@ def passes_over(w: Tensor, centroids: Tensor, temperature: float, iterations: in
 
 
 def alive(count: Tensor, w: Tensor) -> Tensor:
-    """Which clusters have weight. The float32 kernel has no attention below 2^-100."""
+    """Which clusters have weight. The float32 kernel has no attention below 2^-60."""
     numbers = w.shape[0] * w.shape[2]
-    return count > numbers * (1e-300 if w.dtype == torch.float64 else 2.0**-99)
+    return count > numbers * (1e-300 if w.dtype == torch.float64 else 2.0**-59)
 
 
 class Passes:
@@ -45,7 +56,7 @@ class Passes:
     `back` follows `pull` of the loss's gradient; `gradient` is what the iterations have added up to.
     """
 
-    def __init__(self, w: Tensor, centroids: Tensor, temperature: float):
+    def __init__(self, w: Tensor, centroids: Tensor, temperature: float | Tensor):
         self.w, self.temperature = w, temperature
         self.slope = 2 / temperature
         self.k, self.d = centroids.shape

@@ -9,7 +9,7 @@ from torch import nn
 from r2.config import Bits, Count, NonNegative, Positive, UserError
 from r2.data.batches import Data
 from r2.dist import sync_batchnorm
-from r2.palettize import Palette
+from r2.palettize import Palette, relative_temperature
 from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise, swap
 from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.regularizers import Regularizer
@@ -24,7 +24,8 @@ class DKM(Stage):
 
     Args:
         temperature: of the softmax over negative squared distances; with temperature_mode 'relative' it is a multiple
-            of the variance of the layer's weights, so that a layer of smaller weights is not clustered more softly.
+            of the variance of the layer's weights, so that a layer is soft whatever the size of its weights. None:
+            `relative_temperature` of the layer's bits, or coremltools' 1e-4 with temperature_mode 'absolute'.
         iterations, tolerance: of k-means within one step; it starts from the centroids of the step before.
     """
 
@@ -33,7 +34,7 @@ class DKM(Stage):
     weight_bits: Bits
     layer_bits: dict[str, Bits] | None
     skip_first_last: bool
-    temperature: Positive
+    temperature: Positive | None
     temperature_mode: Literal["absolute", "relative"]
     iterations: Count
     tolerance: NonNegative
@@ -64,11 +65,13 @@ class DKM(Stage):
         )
         inputs, _ = next(data.calibration(self.batch_size, run.seed))
         left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
+        shares = {n: layer.quantizer.soft_share(layer.weight) for n, layer in compressed(model).items()}
+        soft = {name: round(share, 4) for name, share in shares.items() if share is not None}
         return model, {
             "metrics": evaluate(model, data, run.world, recipe),
             "initial": initial,
             "sqnr_db": signal_to_noise(model, inputs),
-            "details": {"left_out_weights": left_out},
+            "details": {"left_out_weights": left_out, "soft_share": soft},
             "epochs": self.epochs,
             "images_per_second": done["images_per_second"],
             "timing": done["timing"],
@@ -83,7 +86,8 @@ class DKM(Stage):
 
         def palette(name: str) -> Palette:
             bits = overrides.get(name, self.weight_bits)
-            return Palette(bits, self.dim, self.temperature, relative, self.iterations, self.tolerance)
+            by_bits = relative_temperature(bits, self.dim) if relative else 1e-4
+            return Palette(bits, self.dim, self.temperature or by_bits, relative, self.iterations, self.tolerance)
 
         check_weights(layers)
         swap(layers, palette)

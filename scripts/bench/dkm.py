@@ -1,6 +1,7 @@
 """DKM against coremltools 9, and its cost in a training step, all ratios from this one process.
 
 python scripts/bench/dkm.py [--rounds 5] [--init] [--cpu-time]    # needs the extra `bench`
+python scripts/bench/dkm.py --rounds 1 --smallest                 # whether it runs: seconds, nothing to quote
 
 Per layer: forward and backward through 512x512x3x3 weights, three iterations each, from the same centroids. Bytes
 saved for backward are counted by saved-tensor hooks; errors are against the same equation in float64 by autograd.
@@ -32,10 +33,11 @@ parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--init", action="store_true", help="coremltools' k-means at 4 bits too")
 parser.add_argument("--skip-step", action="store_true")
 parser.add_argument("--skip-layer", action="store_true")
+parser.add_argument("--smallest", action="store_true", help="one codebook, a step of a narrow network, no layer")
 parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine and one thread")
 arguments = parser.parse_args()
 clock = time.process_time if arguments.cpu_time else time.perf_counter
-CODEBOOKS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
+CODEBOOKS = [(2, 1)] if arguments.smallest else [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -171,7 +173,7 @@ def step_rows(batch: int, size: int) -> None:
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,))
     recipe = Recipe(epochs=1, batch_size=batch, lr=1e-4, weight_decay=1e-4)
-    original = models.resnet18(1000).to(memory_format=torch.channels_last)
+    original = models.resnet18(1000, 0.25 if arguments.smallest else 1.0).to(memory_format=torch.channels_last)
 
     def training_step(model) -> Callable[[], None]:
         optimizer = optimizer_of(model, recipe)
@@ -196,7 +198,7 @@ def step_rows(batch: int, size: int) -> None:
             seconds = clock() - began
             stop = "until 1e-4" if tolerance else "always"
             variants[f"{bits} bits, dim {dim}, 5 iterations {stop:<10} (start {seconds:4.1f} s)"] = training_step(model)
-    interleaved(variants, 3)  # compile, and let the centroids settle
+    interleaved(variants, 1 if arguments.smallest else 3)  # compile, and let the centroids settle
     best = interleaved(variants, arguments.rounds)
     base, floor = best.pop("fp32"), peak_bytes(variants["fp32"])
     print(
@@ -211,9 +213,11 @@ torch.manual_seed(0)
 print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 weight = (torch.randn(512, 512, 3, 3) * 0.02).requires_grad_()
 gradient = torch.randn_like(weight)
-if not arguments.skip_layer:
+if not arguments.skip_layer and not arguments.smallest:
     layer_rows()
     init_rows()
-if not arguments.skip_step:
+if arguments.smallest:
+    step_rows(2, 32)
+elif not arguments.skip_step:
     step_rows(32, 64)
     step_rows(16, 32)
