@@ -67,9 +67,9 @@ def test_add_gradients_equals_autograd(kind, dim, channels_last):
     for p, e in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, e, atol=1e-6, rtol=1e-4)
     for p, e in zip(reg.parameters(), own, strict=True):
-        if kind is R.Margin:  # documented: divided by the number of weights
-            counts = [w[j::dim].numel() for w in R.weights_of(model).values() for j in range(dim)]
-            e = e / torch.tensor(counts).view_as(e)
+        if kind is R.Margin:  # documented: clipped, in units of the larger of the margin and the weights
+            sizes = torch.stack([w[j::dim].abs().amax() for w in R.weights_of(model).values() for j in range(dim)])
+            e = (e / reg.weight).round().clamp(-1, 1) * reg.weight * torch.maximum(sizes.view_as(p), p).detach()
         torch.testing.assert_close(p.grad, e, atol=1e-7, rtol=1e-4)
 
 
@@ -127,7 +127,7 @@ def _descend(reg, model, lr, steps, exact=False):
 
 
 def test_margin_runs_away_under_the_exact_gradient_and_not_in_training():
-    """The trap: dL/dM is of order N. Divided by N, M stays where the weights are."""
+    """The trap: dL/dM is of order N. Clipped, M stays where the weights are."""
     torch.manual_seed(0)
     model = nn.Linear(1000, 100, bias=False)
     frozen = copy.deepcopy(model)
@@ -136,6 +136,49 @@ def test_margin_runs_away_under_the_exact_gradient_and_not_in_training():
     model.weight.data.normal_(0, 0.03)
     sizes = _descend(R.Margin(model), model, 0.4, 200)
     assert all(0 < s < 10 * 0.15 for s in sizes)
+
+
+def _margins(reg, w, lr, steps):
+    """|M| after each step of SGD on M alone: the weights stand still."""
+    optimizer = torch.optim.SGD(reg.param_groups(lr), lr, momentum=0.9, nesterov=True)
+    sizes = []
+    for _ in range(steps):
+        w.grad = torch.zeros_like(w)
+        optimizer.zero_grad()
+        reg.add_gradients()
+        optimizer.step()
+        sizes.append(reg.margin.abs().item())
+    return torch.tensor(sizes)
+
+
+@pytest.mark.parametrize("lr", [0.05, 0.4, 1.0])
+@pytest.mark.parametrize("count", [10, 1000, 100_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", [0.0, 0.01, 3.0])  # of max |w|: 0 and 0.01 leave most weights outside, 3 none
+def test_margin_comes_to_the_largest_weight_from_either_side(count, lr, start):
+    torch.manual_seed(0)
+    model = nn.Linear(count, 1, bias=False)
+    model.weight.data.normal_(0, 0.03)
+    largest = model.weight.abs().max().item()
+    reg = R.Margin(model)
+    reg.margin.data.fill_(start * largest)
+    sizes = _margins(reg, model.weight, lr, round(200 / lr) if count < 10_000_000 else round(20 / lr)) / largest
+    assert sizes.isfinite().all() and sizes.max() <= 3.01
+    moved = (sizes[1:] - sizes[:-1]).abs() / sizes[1:].clamp(min=1)
+    assert moved.max() <= 0.2 * lr  # a small fraction of its size at every step
+    assert (sizes[0] > start) if start < 1 else (sizes[0] < start)
+    if count < 10_000_000:
+        assert 0.3 < sizes[-50:].min() and sizes[-50:].max() < 1.7
+
+
+@pytest.mark.parametrize("lr", [0.05, 1.0])
+def test_margin_follows_weights_that_change_their_size(lr):
+    torch.manual_seed(0)
+    model = nn.Linear(1000, 1, bias=False)
+    reg = R.Margin(model)
+    for size in (1e-3, 1.0):  # a thousandth, and back
+        model.weight.data.uniform_(-size, size)
+        sizes = _margins(reg, model.weight, lr, round(1000 / lr))
+        assert 0.3 * size < sizes[-1] < 2 * size
 
 
 def test_soft_min_max_temperature_stalls_where_theory_says():
