@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2 import regularizers as R
+from r2.config import UserError
 from r2.models import mobilenet_v1
 
 CLASSES = [R.LInf, R.Margin, R.SoftMinMax, R.Kurtosis]
@@ -186,7 +189,6 @@ def test_soft_min_max_temperature_stalls_where_theory_says():
     torch.manual_seed(0)
     model = nn.Linear(100, 50, bias=False)
     model.weight.data.normal_(0, 0.1)
-    model.weight.requires_grad_(False)
     reg = R.SoftMinMax(model, weight=1.0)
     for _ in range(3000):
         model.weight.grad = torch.zeros_like(model.weight)
@@ -208,3 +210,174 @@ def test_parameters_have_their_own_group_without_weight_decay():
     (group,) = reg.param_groups(0.4)
     assert group["weight_decay"] == 0 and group["lr"] == 0.2
     assert R.LInf(small_model()).param_groups(0.4) == []
+
+
+def _zero_gradients(model):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_frozen_and_unused_weights_are_left_out(kind):
+    """Both ways of leaving a layer out give what the other layers give alone."""
+    model = small_model()
+    alone = kind(model[4])
+    expected = alone().item()
+    model[4].weight.grad = torch.zeros_like(model[4].weight)
+    alone.add_gradients()
+    gradient = model[4].weight.grad.clone()
+    model[0].weight.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    reg = kind(model)
+    _zero_gradients(model[4])
+    assert reg().item() == pytest.approx(expected)
+    assert reg.add_gradients().item() == pytest.approx(expected)
+    assert model[0].weight.grad is None
+    torch.testing.assert_close(model[4].weight.grad, gradient)
+
+    model[0].weight.requires_grad_(True)  # trained again, and not used by this step
+    _zero_gradients(model[4])
+    share = 2 if kind is R.Kurtosis else 1  # a mean over the trained layers
+    assert reg.add_gradients().item() == pytest.approx(expected / share)
+    torch.testing.assert_close(model[4].weight.grad, gradient / share)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_without_any_gradient_the_order_is_wrong_and_without_trained_weights_the_term_is_zero(kind):
+    model = small_model()
+    with pytest.raises(UserError, match=r"after loss.backward\(\)"):
+        kind(model).add_gradients()
+    reg = kind(model.requires_grad_(False))
+    assert reg.add_gradients() == 0 and reg() == 0
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_tied_weight_counts_once(kind):
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+    tied[1].weight = tied[0].weight
+    single = nn.Sequential(copy.deepcopy(tied[0]))
+    found = []
+    for model in (tied, single):
+        _zero_gradients(model)
+        reg = kind(model)
+        assert reg().item() == pytest.approx(reg.add_gradients().item())
+        found.append([reg(), model[0].weight.grad, *[p.grad for p in reg.parameters()]])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("fuse_from", [0, 1 << 30])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+def test_half_precision_weights_are_summed_in_float32(kind, dim, fuse_from, dtype, tolerance, monkeypatch):
+    """Against float64 autograd at the same values; an outlier, so that sums of powers in float16 would be off."""
+    monkeypatch.setattr(R, "FUSE_FROM", fuse_from)
+    torch.manual_seed(0)
+    half = nn.Linear(256, 256, bias=False)
+    half.weight.data.normal_(0, 0.005)
+    half.weight.data[0, 0] = 0.1
+    half = half.to(dtype)
+    exact = copy.deepcopy(half).double()
+    # soft-min-max's pull on one of 65,536 weights is below float16's range at weight 0.01
+    weight = 1e4 if kind is R.SoftMinMax else 0.01
+    half_reg, exact_reg = kind(half, weight, dim=dim), kind(exact, weight, dim=dim)
+    _zero_gradients(half)
+    exact_reg().backward()
+    value = half_reg.add_gradients()
+    assert value.dtype == torch.float32 and all(p.dtype == torch.float32 for p in half_reg.parameters())
+    assert value.item() == pytest.approx(exact_reg().item(), rel=tolerance / 10)
+    assert half_reg().item() == pytest.approx(value.item(), rel=tolerance / 10)
+    error = (half.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm()
+    assert error <= tolerance
+    if kind is R.SoftMinMax:
+        torch.testing.assert_close(half_reg.temperature.grad, exact_reg.temperature.grad.float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_gradients_equal_float64_autograd_for_every_kind_of_layer(kind, dim):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(3, 8, 3), nn.Conv3d(2, 4, 2), nn.ConvTranspose1d(4, 6, 3), nn.ConvTranspose2d(6, 4, 3, groups=2),
+        nn.ConvTranspose3d(2, 3, 2), nn.Embedding(9, 5), nn.Linear(7, 4),
+    )  # fmt: skip
+    assert len(R.weights_of(model)) == 7
+    exact = copy.deepcopy(model).double()
+    reg = kind(model, dim=dim)
+    exact_reg = kind(exact, dim=dim)
+    exact_reg().backward()
+    _zero_gradients(model)
+    assert reg.add_gradients().item() == pytest.approx(exact_reg().item(), rel=1e-5)
+    for w, e in zip(R.weights_of(model).values(), R.weights_of(exact).values(), strict=True):
+        torch.testing.assert_close(w.grad.double(), e.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [parametrizations.weight_norm, parametrizations.orthogonal, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
+)
+def test_a_computed_weight_is_one_clear_error(change):
+    model = small_model()
+    change(model[4])
+    with pytest.raises(UserError, match=r"^4\.weight is computed .*remove_parametrizations$"):
+        R.Margin(model)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_with_a_grad_scaler_the_term_comes_after_unscaling(kind):
+    """The order of the module's docstring gives one step without a scaler; without `unscale_` it does not."""
+    found = {}
+    for order in ("plain", "documented", "wrong"):
+        model = small_model()
+        reg = kind(model, weight=1.0)
+        optimizer = torch.optim.SGD([{"params": model.parameters()}, *reg.param_groups(0.05)], 0.05)
+        scaler = torch.amp.GradScaler("cpu", enabled=order != "plain")
+        torch.manual_seed(1)
+        scaler.scale(model(torch.randn(4, 3, 5, 5)).square().sum()).backward()
+        if order != "wrong":
+            scaler.unscale_(optimizer)
+        reg.add_gradients()
+        scaler.step(optimizer)
+        scaler.update()
+        found[order] = torch.cat([p.detach().flatten() for p in (*model.parameters(), *reg.parameters())])
+    torch.testing.assert_close(found["documented"], found["plain"])
+    assert (found["wrong"] - found["plain"]).abs().max() > 1e-3
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the operations whose result the host has to wait for: a number, or how many elements are true."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_waits_are_seen():
+    w = torch.randn(8)
+    for wait in (lambda: w.sum().item(), lambda: w[w > 0], lambda: w[w.argmax()], lambda: w.nonzero()):
+        with _Waits() as waits:
+            wait()
+        assert waits.found
+    with _Waits() as waits:
+        w[torch.tensor([1])] += w.sum()
+    assert not waits.found
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("kind", [*CLASSES, R.L2])
+def test_the_host_never_waits_for_the_device(kind, dim):
+    model = small_model()
+    reg = kind(model) if kind is R.L2 else kind(model, dim=dim)
+    _zero_gradients(model)
+    with _Waits() as waits:
+        reg.add_gradients()
+    assert not waits.found
