@@ -75,4 +75,6 @@ def argmax_abs(w: torch.Tensor) -> torch.Tensor:
         for extreme in (rows.amax(1).argmax(), rows.amin(1).argmin()):
             candidates.append(extreme * 64 + torch.arange(64, device=w.device))
     index = torch.cat(candidates)
-    return index[w[index].abs().argmax()].view(1)
+    # index_select, since an index by a 0-d tensor makes the host wait for the device
+    largest = w.index_select(0, index).abs().argmax()
+    return index.index_select(0, largest.view(1))

@@ -10,7 +10,20 @@ Use them in any loop:
     optimizer.step()
 
 or differentiate the value: `(loss + reg()).backward()`. Under DistributedDataParallel `add_gradients` comes after
-`backward`, so after the all-reduce: the term is the same on every rank.
+`backward`, so after the all-reduce: the term is the same on every rank. With a GradScaler it comes after the loss's
+gradients are unscaled, or the term is divided by the scale:
+
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    reg.add_gradients()
+    scaler.step(optimizer)
+    scaler.update()
+
+Weights in float16 or bfloat16 are summed in float32; the gradient is rounded once, when it is added to `.grad`. Float16
+holds nothing below 6e-8, which is more than soft-min-max's pull on a weight of a large layer.
+
+Frozen weights are left out, and so are those that a step has not used: their `.grad` is None. A weight that several
+layers share counts once.
 """
 
 import math
@@ -21,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2.config import Count, NonNegative, Positive
+from r2.config import Count, NonNegative, Positive, UserError
 from r2.kernels import argmax_abs, flat, fused
 
 # Shorter tensors are faster through plain PyTorch than the compiler's start-up is worth.
@@ -60,10 +73,26 @@ def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
     return ((centred**4).mean() / variance**2 - target) ** 2
 
 
+KINDS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding
+)  # fmt: skip
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every convolution, linear and embedding weight by name, first and last layers included."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
-    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
+    """Every convolution, linear and embedding weight by name, first and last layers included.
+
+    One that several layers share stands there once, under the first name.
+    """
+    out: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KINDS) and not any(module.weight is w for w in out.values()):
+            out[f"{name}.weight"] = module.weight
+    return out
+
+
+def wide(w: Tensor) -> Tensor:
+    """`w` in the type of its sums: float32, or float64 as it is."""
+    return w if w.dtype == torch.float64 else w.float()
 
 
 class Regularizer(nn.Module):
@@ -72,8 +101,12 @@ class Regularizer(nn.Module):
     Args:
         model: on its final device; its weights are held by reference.
         weight: factor on the whole term.
-        dim: length of the vectors that DKM will cluster (Table 6): `dim` consecutive output channels. The scalar
-            term is applied to each of the `dim` columns and summed.
+        dim: length of the vectors that DKM will cluster (Table 6): `dim` consecutive rows of the weight, which are
+            output channels but for transposed convolutions. The scalar term is applied to each of the `dim` columns
+            and summed.
+
+    Raises:
+        UserError: a weight is computed from other parameters (torch.nn.utils.parametrize, weight_norm, prune).
     """
 
     decay = 1.0  # factor on the optimizer's weight decay
@@ -83,12 +116,22 @@ class Regularizer(nn.Module):
         super().__init__()
         self.weight, self.dim = weight, dim
         self._named = weights_of(model)  # a plain dict: the model owns these parameters
+        for name, w in self._named.items():
+            if not isinstance(w, nn.Parameter):
+                raise UserError(
+                    f"{name} is computed from other parameters, and a regularizer needs the parameter itself; "
+                    "make it one first, for instance by torch.nn.utils.parametrize.remove_parametrizations"
+                )
 
-    def columns(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(layer, column, weight) in a fixed order; a layer of fewer output channels than `dim` has fewer columns."""
+    def columns(self, every: bool = False) -> Iterator[tuple[int, int, Tensor]]:
+        """(layer, column, weight) in a fixed order, of `every` weight or of those that are trained.
+
+        A weight of fewer rows than `dim` has fewer columns.
+        """
         for layer, w in enumerate(self._named.values()):
-            for column in range(min(self.dim, len(w))):
-                yield layer, column, w
+            if every or w.requires_grad:
+                for column in range(min(self.dim, len(w))):
+                    yield layer, column, w
 
     def part(self, w: Tensor, column: int) -> Tensor:
         return w if self.dim == 1 else w[column :: self.dim]
@@ -104,28 +147,40 @@ class Regularizer(nn.Module):
     def scale(self) -> float:
         return self.weight
 
+    def total(self, terms: list[Tensor]) -> Tensor:
+        device = next(iter(self._named.values())).device
+        return self.scale() * torch.stack(terms).sum() if terms else torch.zeros((), device=device)
+
     def forward(self) -> Tensor:
-        """The weighted total as a differentiable scalar."""
-        terms = [self.term(self.part(w, j), i, j) for i, j, w in self.columns()]
-        return self.scale() * torch.stack(terms).sum()
+        """The weighted total over the weights that are trained, as a differentiable scalar."""
+        return self.total([self.term(wide(self.part(w, j)), i, j) for i, j, w in self.columns()])
 
     @torch.no_grad()
     def add_gradients(self) -> Tensor:
-        """Add the total's gradient to every `.grad`, which must exist for the weights; returns the total."""
+        """Add the total's gradient to every `.grad` that there is; returns the total over those weights.
+
+        Raises:
+            UserError: no weight has a gradient, though some are trained.
+        """
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        values = []
+        values, trained = [], False
         for i, j, w in self.columns():
-            assert w.grad is not None, "call add_gradients after loss.backward()"
+            trained = True
+            if w.grad is None:  # the step has not used it
+                continue
             if self.dim == 1 and w.stride() == w.grad.stride():
                 values.append(self.term_gradient(flat(w.detach()), flat(w.grad), i, j))
             else:  # columns are strided: work on a copy of each
                 part, grad = self.part(w.detach(), j), self.part(w.grad, j)
-                added = torch.zeros(part.numel(), dtype=w.dtype, device=w.device)
-                values.append(self.term_gradient(part.reshape(-1), added, i, j))
+                flat_part = wide(part.reshape(-1))
+                added = torch.zeros_like(flat_part)
+                values.append(self.term_gradient(flat_part, added, i, j))
                 grad += added.view(part.shape)
-        return self.scale() * torch.stack(values).sum()
+        if trained and not values:
+            raise UserError("no weight has a gradient: call add_gradients after loss.backward()")
+        return self.total(values)
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """The optimizer group of the term's own parameters: no weight decay, their own learning rate."""
@@ -146,7 +201,7 @@ class L2(Regularizer):
         self.decay = factor
 
     def forward(self) -> Tensor:
-        return torch.zeros((), device=next(iter(self._named.values())).device)
+        return self.total([])
 
     @torch.no_grad()
     def add_gradients(self) -> Tensor:
@@ -166,29 +221,31 @@ class LInf(Regularizer):
         index = argmax_abs(w)
         value = w[index]
         grad[index] += self.weight * value.sign()
-        return value.abs().squeeze()
+        return wide(value).abs().squeeze()
 
 
 class Margin(Regularizer):
     """Eq. 2 with one learnable margin M per layer (and column), initialised at 2 std of the weights.
 
-    dL/dM = sign(M) (1 - number of weights outside) is exact under autograd. With N weights it is of order N, and plain
-    SGD throws M far outside the weights; divided by N, M hardly ever shrinks. `add_gradients` clips it to [-1, 1],
-    where it is exact with at most two weights outside, and counts it in units of the first M: an update moves M by at
-    most lr weight / (1 - momentum) of its start, in a layer of any size, and as fast down as up.
-    """
+    dL/dM = sign(M) (1 - n), n the number of weights outside, is exact under autograd. It is of order N, and plain SGD
+    throws M far outside the weights; divided by N, it cannot pull M back either (measured; see README,
+    "Differences"). `add_gradients` therefore adds
 
-    unit: Tensor
+        sign(M) clip(1 - n, -1, 1) max(|M|, max |w|),
+
+    so that one rate suits every layer: M shrinks in proportion to itself where nothing is outside, grows in
+    proportion to the weights where two or more are, and rests where one is. With SGD at momentum 0.9 and weight 0.01
+    a step is about 0.1 lr of that size at most.
+    """
 
     def __init__(self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1, lr_mult: Positive = 1.0):
         super().__init__(model, weight, dim)
         self.lr_mult = lr_mult
-        start = next(iter(self._named.values())).detach().new_zeros(len(self._named), dim)
-        for i, j, w in self.columns():
-            part = self.part(w.detach(), j)
+        start = wide(next(iter(self._named.values())).detach()).new_zeros(len(self._named), dim)
+        for i, j, w in self.columns(every=True):
+            part = wide(self.part(w.detach(), j))
             start[i, j] = 2 * part.std() if part.numel() > 1 else part.abs().sum()  # one weight does not deviate
         self.margin = nn.Parameter(start)
-        self.register_buffer("unit", torch.where(start > 0, start, torch.ones_like(start)))
         self._counts = torch.zeros_like(self.margin.detach())
 
     def term(self, w: Tensor, layer: int, column: int) -> Tensor:
@@ -196,11 +253,12 @@ class Margin(Regularizer):
 
     def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
         m = self.margin.detach()[layer, column]
-        scale = torch.full((), self.weight, dtype=w.dtype, device=w.device)
-        excess, outside = _margin(w, grad, m.abs(), scale)
+        scale = torch.full((), self.weight, dtype=m.dtype, device=w.device)
+        excess, outside, largest = _margin(w, grad, m.abs(), scale)
         assert self.margin.grad is not None
-        slope = m.sign() * (1 - outside).clamp(-1, 1) * self.unit[layer, column]
-        self.margin.grad[layer, column] += self.weight * slope
+        # an M of exactly 0 has no sign, and must grow all the same
+        sign = torch.where(m < 0, -1.0, 1.0)
+        self.margin.grad[layer, column] += self.weight * sign * (1 - outside).clamp(-1, 1) * largest
         self._counts[layer, column] = outside
         return m.abs() + excess
 
@@ -212,11 +270,12 @@ class Margin(Regularizer):
 
 
 @_fused
-def _margin(w: Tensor, grad: Tensor, m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    size = w.abs()
-    outside = size > m
-    grad.add_(torch.where(outside, torch.sign(w) * scale, 0.0))
-    return torch.where(outside, size - m, 0.0).sum(), outside.sum()
+def _margin(w: Tensor, grad: Tensor, m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    w = wide(w)
+    excess = (w.abs() - m).relu()
+    outside = excess > 0
+    grad.add_(w.sign() * outside * scale)
+    return excess.sum(), outside.sum(), m + excess.amax()  # the last is max(m, max |w|)
 
 
 class SoftMinMax(Regularizer):
@@ -245,7 +304,7 @@ class SoftMinMax(Regularizer):
 
     def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
         alpha = self.temperature.detach()[layer]
-        low, high = w.aminmax()
+        low, high = (wide(extreme) for extreme in w.aminmax())
         # exp(alpha (w - peak)) <= 1 for either sign of alpha
         top, bottom = torch.where(alpha >= 0, high, low), torch.where(alpha >= 0, low, high)
         sums = _soft_sums(w, alpha, top, bottom)
@@ -269,6 +328,7 @@ class SoftMinMax(Regularizer):
 
 @_fused
 def _soft_sums(w: Tensor, alpha: Tensor, top: Tensor, bottom: Tensor) -> tuple[Tensor, ...]:
+    w = wide(w)
     p, q = torch.exp(alpha * (w - top)), torch.exp(alpha * (bottom - w))
     pw, qw = p * w, q * w
     return p.sum(), pw.sum(), (pw * w).sum(), q.sum(), qw.sum(), (qw * w).sum()
@@ -280,19 +340,20 @@ def _soft_gradient(
     p0: Tensor, p1: Tensor, q0: Tensor, q1: Tensor
 ) -> None:  # fmt: skip
     # p (1 + alpha (w - s_max)) - q (1 - alpha (w - s_min)), the constants folded
+    w = wide(w)
     p, q = torch.exp(alpha * (w - top)), torch.exp(alpha * (bottom - w))
     grad.add_(p * (p0 + p1 * w) - q * (q0 - q1 * w))
 
 
 class Kurtosis(Regularizer):
-    """KURE: the mean over layers of (Kurt[w] - target)^2; its official weight is 1.0."""
+    """KURE: the mean over the trained layers of (Kurt[w] - target)^2; its official weight is 1.0."""
 
     def __init__(self, model: nn.Module, weight: NonNegative = 1.0, target: Positive = 1.8, dim: Count = 1):
         super().__init__(model, weight, dim)
         self.target = target
 
     def scale(self) -> float:
-        return self.weight / len(self._named)
+        return self.weight / max(1, sum(w.requires_grad for w in self._named.values()))
 
     def term(self, w: Tensor, layer: int, column: int) -> Tensor:
         return kurtosis(w, self.target)
@@ -300,7 +361,7 @@ class Kurtosis(Regularizer):
     def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
         n = w.numel()
         if n < 2:
-            return torch.zeros((), dtype=w.dtype, device=w.device)
+            return wide(w).sum() * 0
         # Power sums about the first weight: exact enough in float32 while the weights are centred near zero.
         sums = _moments(w)
         raw1, raw2, raw3, raw4 = (s.double() / n if w.device.type != "mps" else s / n for s in sums)
@@ -317,12 +378,13 @@ class Kurtosis(Regularizer):
         skew = m3 * inverse**3
         # factor (z^3 - mean z^3 - z k n / (n - 1)), z = (w - mean) inverse
         arguments = [mean, inverse, factor, -factor * kurt * n / (n - 1), -factor * skew]
-        _kurtosis_gradient(w, grad, *(a.to(w.dtype) for a in arguments))
-        return torch.where(valid, (kurt - self.target) ** 2, 0.0).to(w.dtype)
+        _kurtosis_gradient(w, grad, *(a.to(sums[0].dtype) for a in arguments))
+        return torch.where(valid, (kurt - self.target) ** 2, 0.0).to(sums[0].dtype)
 
 
 @_fused
 def _moments(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w = wide(w)
     square = w * w
     return w.sum(), square.sum(), (square * w).sum(), (square * square).sum()
 
@@ -331,7 +393,7 @@ def _moments(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _kurtosis_gradient(
     w: Tensor, grad: Tensor, mean: Tensor, inverse: Tensor, cubic: Tensor, linear: Tensor, constant: Tensor
 ) -> None:
-    z = (w - mean) * inverse
+    z = (wide(w) - mean) * inverse
     grad.add_(z * (cubic * z * z + linear) + constant)
 
 

@@ -1,7 +1,6 @@
 """DKM against coremltools 9, and its cost in a training step, all ratios from this one process.
 
 python scripts/bench/dkm.py [--rounds 5] [--init] [--cpu-time]    # needs the extra `bench`
-python scripts/bench/dkm.py --rounds 1 --smallest                 # whether it runs: seconds, nothing to quote
 
 Per layer: forward and backward through 512x512x3x3 weights, three iterations each, from the same centroids. Bytes
 saved for backward are counted by saved-tensor hooks; errors are against the same equation in float64 by autograd.
@@ -33,11 +32,15 @@ parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--init", action="store_true", help="coremltools' k-means at 4 bits too")
 parser.add_argument("--skip-step", action="store_true")
 parser.add_argument("--skip-layer", action="store_true")
-parser.add_argument("--smallest", action="store_true", help="one codebook, a step of a narrow network, no layer")
 parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine and one thread")
+parser.add_argument("--channels", type=int, default=512, help="of the one layer, in and out")
+parser.add_argument("--batch", type=int, default=32, help="of a training step; a second one has half of batch and size")
+parser.add_argument("--size", type=int, default=64)
+parser.add_argument("--width", type=float, default=1.0, help="of ResNet-18")
 arguments = parser.parse_args()
+part = arguments.channels // 4  # input channels at which errors are measured
 clock = time.process_time if arguments.cpu_time else time.perf_counter
-CODEBOOKS = [(2, 1)] if arguments.smallest else [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
+CODEBOOKS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -97,7 +100,8 @@ def float64(w: Tensor, c: Tensor, dim: int, gradient: Tensor) -> tuple[Tensor, T
 
 
 def layer_rows() -> None:
-    print("\none layer, 512x512x3x3, forward and backward; errors at 512x128x3x3: W~ in weights, gradient relative")
+    c = arguments.channels
+    print(f"\none layer, {c}x{c}x3x3, forward and backward; errors at {c}x{part}x3x3: W~ in weights, gradient relative")
     for bits, dim in CODEBOOKS:
         start = initial_centroids(vectorize(weight.detach(), dim)[0], 2**bits)
         ours = Palette(bits, dim, iterations=3, tolerance=0.0)
@@ -118,11 +122,11 @@ def layer_rows() -> None:
         best = interleaved({"ours": lambda m=ours: both(m), "peer": lambda m=peer: both(m)}, arguments.rounds)
         saved = [saved_bytes(lambda m=m: one(m, weight)) for m in (ours, peer)]
         errors = []
-        exact, exact_gradient = float64(weight[:, :128], start, dim, gradient[:, :128])
+        exact, exact_gradient = float64(weight[:, :part], start, dim, gradient[:, :part])
         for module in (ours, peer):
-            small = weight[:, :128].detach().clone().requires_grad_()
+            small = weight[:, :part].detach().clone().requires_grad_()
             soft = one(module, small)
-            soft.backward(gradient[:, :128])
+            soft.backward(gradient[:, :part])
             errors.append((vectorize(soft.detach().double(), dim)[0] - exact).abs().max().item())
             errors.append(((small.grad - exact_gradient).norm() / exact_gradient.norm()).item())
         print(
@@ -135,7 +139,7 @@ def layer_rows() -> None:
 
 
 def init_rows() -> None:
-    print("\nk-means at the start, 2.36M weights")
+    print(f"\nk-means at the start, {weight.numel():,} weights")
     for bits, dim in CODEBOOKS:
         vectors = vectorize(weight.detach(), dim)[0]
         seconds, c = timed(lambda b=bits, v=vectors: initial_centroids(v, 2**b))
@@ -173,7 +177,7 @@ def step_rows(batch: int, size: int) -> None:
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,))
     recipe = Recipe(epochs=1, batch_size=batch, lr=1e-4, weight_decay=1e-4)
-    original = models.resnet18(1000, 0.25 if arguments.smallest else 1.0).to(memory_format=torch.channels_last)
+    original = models.resnet18(1000, arguments.width).to(memory_format=torch.channels_last)
 
     def training_step(model) -> Callable[[], None]:
         optimizer = optimizer_of(model, recipe)
@@ -198,7 +202,7 @@ def step_rows(batch: int, size: int) -> None:
             seconds = clock() - began
             stop = "until 1e-4" if tolerance else "always"
             variants[f"{bits} bits, dim {dim}, 5 iterations {stop:<10} (start {seconds:4.1f} s)"] = training_step(model)
-    interleaved(variants, 1 if arguments.smallest else 3)  # compile, and let the centroids settle
+    interleaved(variants, 3)  # compile, and let the centroids settle
     best = interleaved(variants, arguments.rounds)
     base, floor = best.pop("fp32"), peak_bytes(variants["fp32"])
     print(
@@ -211,13 +215,11 @@ def step_rows(batch: int, size: int) -> None:
 
 torch.manual_seed(0)
 print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-weight = (torch.randn(512, 512, 3, 3) * 0.02).requires_grad_()
+weight = (torch.randn(arguments.channels, arguments.channels, 3, 3) * 0.02).requires_grad_()
 gradient = torch.randn_like(weight)
-if not arguments.skip_layer and not arguments.smallest:
+if not arguments.skip_layer:
     layer_rows()
     init_rows()
-if arguments.smallest:
-    step_rows(2, 32)
-elif not arguments.skip_step:
-    step_rows(32, 64)
-    step_rows(16, 32)
+if not arguments.skip_step:
+    step_rows(arguments.batch, arguments.size)
+    step_rows(arguments.batch // 2, arguments.size // 2)

@@ -1,6 +1,6 @@
 """Cost of a training step, as ratios to r2's fp32 step in the same process (ResNet-18, batch 32 at 64x64).
 
-python scripts/bench/step.py [--batch 32] [--size 64] [--rounds 12] [--model resnet18]
+python scripts/bench/step.py [--batch 32] [--size 64] [--rounds 12] [--model resnet18] [--width 1.0]
 
 Every round times each variant once, in turn, so a busy moment hits all of them; the minimum over rounds
 is printed. "r2 loop" is r2.train with all its checks and
@@ -36,6 +36,7 @@ parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--size", type=int, default=64)
 parser.add_argument("--rounds", type=int, default=12)
 parser.add_argument("--model", default="resnet18", choices=["resnet18", "mobilenet_v1", "mobilenet_v2"])
+parser.add_argument("--width", type=float, default=1.0)
 arguments = parser.parse_args()
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +45,7 @@ images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=
 images = images.contiguous(memory_format=torch.channels_last)
 labels = torch.randint(0, 1000, (arguments.batch,), device=device)
 recipe = Recipe(epochs=1, batch_size=arguments.batch, lr=1e-4, weight_decay=1e-4)
-original = getattr(models, arguments.model)(1000).to(device, memory_format=torch.channels_last)
+original = getattr(models, arguments.model)(1000, arguments.width).to(device, memory_format=torch.channels_last)
 
 
 def training_step(model, optimizers, reg=None) -> Callable[[], None]:
@@ -82,7 +83,7 @@ class OneBatch(Data):
         self.train_images = arguments.batch * steps
 
     def _contents(self):
-        yield from (images.cpu().numpy(), labels.cpu().numpy())
+        return iter([images.cpu().numpy(), labels.cpu().numpy()])
 
     def train(self, batch_size, seed, epoch, start=0):
         return ((images, labels) for _ in range(self.train_images // batch_size))
@@ -123,7 +124,7 @@ variants |= LOOPS
 best = dict.fromkeys(variants, float("inf"))
 for round_ in range(arguments.rounds + 2):
     for name, variant in variants.items():
-        if name in LOOPS and round_ % 3:  # long: every third round
+        if name in LOOPS and round_ and (round_ - 2) % 3:  # long: once to warm up, then every third round
             continue
         for p in bare.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -139,8 +140,8 @@ for round_ in range(arguments.rounds + 2):
 base = best.pop("fp32")
 long_minus_short = {k: best.pop(f"{k} loop 15") - best.pop(f"{k} loop 5") for k in ("r2", "bare")}  # 10 steps
 print(
-    f"{arguments.model}, batch {arguments.batch} at {arguments.size}x{arguments.size}, {device.type}, "
-    f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    f"{arguments.model} {arguments.width}, batch {arguments.batch} at {arguments.size}x{arguments.size}, "
+    f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 )
 print(f"fp32 step           {1e3 * base:13.1f} ms")
 for name, seconds in best.items():
