@@ -51,6 +51,13 @@ class Phase:
             print(f"{self.name}: {text}", file=sys.stdout, flush=True)
 
 
+def _constants(details: dict) -> list[tuple[str, Any]]:
+    """Channels that post-training folding made constants: their number, and the first few."""
+    names = details.get("constant_channels") or []
+    shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    return [("constant channels", f"{len(names)}: {shown}")] if names else []
+
+
 def summary(record: dict, directory: Path) -> None:
     """The closing table of one run."""
     table = Table(title=record["name"], title_justify="left", show_header=False)
@@ -63,6 +70,7 @@ def summary(record: dict, directory: Path) -> None:
         ("weights", f"largest {record['weights_summary']['max_abs']:.3f}, "
                     f"mean kurtosis {record['weights_summary']['kurtosis']:.2f} after pretraining"),
         ("file", f"{record['size']['file_mib']:.3f} MiB, {record['size']['bits_per_weight'] or 32:g} bits per weight"),
+        *_constants(record.get("details") or {}),
         ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in record["seconds"].items())),
         ("record", directory / "record.json"),
     ]  # fmt: skip

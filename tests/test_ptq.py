@@ -16,6 +16,7 @@ from r2.config import UserError
 from r2.quantizers.affine import Activation, Affine, quantize_output
 from r2.quantizers.layers import compressed, quantizable, swap
 from r2.stages import aimet, bias_correction, simulation
+from r2.stages.constants import fold_constants
 from r2.stages.graph import places, run_by_module, trace
 from r2.stages.ptq import DFQ, AdaRound, Nearest
 
@@ -276,6 +277,52 @@ def test_equalization(tmp_path, name, pairs, known):
     for layer, mean in expected.items():
         seen = inputs[layer].flatten(2) if inputs[layer].dim() > 2 else inputs[layer][..., None]
         assert (seen.mean((0, 2)) - mean).abs().mean() < 0.2 * seen.std((0, 2)).mean(), layer
+
+
+def dead(name, variance, channel=3):
+    """A network in which one channel of its second BatchNorm has almost no input, as weight decay leaves it."""
+    model = network(name)
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    convolutions[1].weight.data[channel] *= 1e-12
+    name, norm = norms[1]
+    norm.running_mean[channel], norm.running_var[channel] = 0.0, variance
+    return model, f"{name}:{channel}"
+
+
+@pytest.mark.parametrize("variance", [0.0, 5.6e-45, 1e-6])
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_dead_channel_costs_nothing(compress, name, variance):
+    """Its folded scale is hundreds of times the others', which a grid per tensor then rounds to zero."""
+    model, channel = dead(name, variance)
+    folded = copy.deepcopy(model)
+    assert fold_constants(folded, images()) == [channel]
+    with torch.no_grad():
+        for x in (*images(), *images(seed=5)):  # calibrated on, and not
+            logits, others = model(x), folded(x)
+            torch.testing.assert_close(others, logits, rtol=1e-4, atol=1e-4)
+            assert torch.equal(others.argmax(1), logits.argmax(1))
+
+
+@pytest.mark.parametrize("stage", [Nearest, DFQ, AdaRound])
+def test_a_dead_channel_does_not_set_the_range(compress, stage):
+    model, channel = dead("mbv1", 5.6e-45)
+    model.get_submodule(channel.split(":")[0]).weight.data[3] = 1.0
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    convolutions[1].weight.data[3] = 0.2  # never reached: the channel before it is dead
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0].weight.data[3], norms[0].bias.data[3] = 0.0, -1.0
+    norms[1].running_mean[3] = 0.0
+    layer = [n for n, m in model.named_modules() if m is convolutions[1]][0]
+    errors = {}
+    for fold_constant in (True, False):
+        done, _ = compress(stage, model, fold_constant=fold_constant)
+        others = [c for c in range(len(convolutions[1].weight)) if c != 3]
+        ours, wanted = done["model"].get_parameter(f"{layer}.weight")[others], done["originals"][layer][others]
+        errors[fold_constant] = ((ours - wanted).norm() / wanted.norm()).item()
+        found = done["details"]["constant_channels"]
+        assert channel in found if fold_constant else found is None
+    assert errors[True] < 0.5 and (stage is DFQ or errors[False] > 0.9), errors
 
 
 def test_no_pair_is_an_error(compress):

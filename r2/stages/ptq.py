@@ -28,6 +28,7 @@ from r2.recipe import Recipe
 from r2.regularizers import Regularizer
 from r2.stages import aimet, bias_correction, simulation
 from r2.stages.aimet import Work
+from r2.stages.constants import fold_constants
 from r2.stages.graph import places
 from r2.stages.stage import Stage
 from r2.store import Run
@@ -46,6 +47,7 @@ class PTQ(Stage):
         granularity: one weight grid per tensor or per output channel.
         symmetric: the weights' grid; activations are always asymmetric.
         scheme: how ranges are found; 'percentile' keeps `percentile` percent of the values.
+        fold_constant: a BatchNorm channel that does not vary becomes a bias alone; false is AIMET's own folding.
     """
 
     bits: Bits
@@ -58,6 +60,7 @@ class PTQ(Stage):
     scheme: Literal["tf_enhanced", "min_max", "percentile"]
     percentile: Positive = 99.99
     calibration_batch_size: Count
+    fold_constant: bool = True
 
     def __post_init__(self) -> None:
         widths = {"weight_bits": self.weight_bits, "act_bits": self.act_bits}
@@ -99,6 +102,8 @@ class PTQ(Stage):
         began = time.monotonic()
         with aimet.alone(directory, seed) as (version, scratch):
             loaded = time.monotonic()
+            model = copy.deepcopy(model).eval()
+            constants = fold_constants(model, batches) if self.fold_constant else None
             net, norms = aimet.fold(model, batches[0][:2])
             check_weights(quantizable(net))
             where = places(model, self._left_out(model))
@@ -125,6 +130,7 @@ class PTQ(Stage):
                 "calibration_images": sum(len(x) for x in batches),
                 "calibration_batch_size": self.calibration_batch_size,
                 "calibration_seed": seed,
+                "constant_channels": constants,
                 "quantizers": {kind: len(names) for kind, names in asdict(where).items()},
                 **used,
             },
