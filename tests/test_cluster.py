@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as td
 from conftest import ENV, SMALL
+from hydra.errors import MissingConfigException
 from torch import nn
 from torchvision.io import write_jpeg
 
@@ -103,8 +104,8 @@ def test_data_workers_leave_signals_to_the_main_process(small_folder):
 
 
 def test_slurm_without_its_package_names_the_mend():
-    text = "In 'hydra/launcher/slurm': Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options in "
-    error = compose.HydraException(text + "'hydra/launcher':\n\tbasic\n\tslurm")
+    text = "In 'hydra/launcher/slurm': Could not find 'hydra/launcher/submitit_slurm'"
+    error = MissingConfigException(text, "hydra/launcher/submitit_slurm", ["basic", "slurm"])
     assert "pip install 'r2[cluster]'" in compose.one_line(error)
 
 

@@ -31,5 +31,5 @@ def test_sgd_decays_everything_and_adamw_matrices_alone():
 
 
 def test_fine_tuning_keeps_the_optimizer_and_the_schedule():
-    kept = finetuning(recipe(optimizer="adamw", schedule="linear"), 2, 8, 0.5, 0.0)
-    assert (kept.optimizer, kept.schedule, kept.epochs, kept.lr) == ("adamw", "linear", 2, 0.5)
+    kept = finetuning(recipe(optimizer="adamw", schedule="linear", clip_norm=1.0), 2, 8, 0.5, 0.0, clip_norm=None)
+    assert (kept.optimizer, kept.schedule, kept.epochs, kept.lr, kept.clip_norm) == ("adamw", "linear", 2, 0.5, None)

@@ -4,6 +4,7 @@ A worker writes pixels as uint8 into memory that it shares with the main process
 number of the place and the labels go through a queue. So a batch is copied once, and all workers serve it together.
 """
 
+import contextlib
 import multiprocessing
 import re
 import shutil
@@ -86,7 +87,8 @@ class Images(Data):
     def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
         batches = [batch for batch in batches if len(batch)]
         mine = self._tasks.plan(batches, seed, epoch, train)
-        pieces = iter(self._started())
+        with self._unless_stalled():
+            pieces = iter(self._started())
         for batch in batches:
             if self._tasks.planned != mine:
                 raise RuntimeError("another pass over the data has begun; its workers serve one at a time")
@@ -94,7 +96,8 @@ class Images(Data):
             images = torch.empty(n, size, size, 3, device=self.world.device)
             labels = torch.empty(n, dtype=torch.int64)
             for at in range(0, n, PIECE):
-                done: _Done = self._next(pieces)
+                with self._unless_stalled():
+                    done: _Done = next(pieces)
                 end = at + len(done.labels)
                 self._normalise(self._decoder.places[done.place, : end - at], images[at:end])
                 labels[at:end] = torch.tensor(done.labels)
@@ -109,9 +112,10 @@ class Images(Data):
             self._loader._iterator._shutdown_workers()
         self._loader = None
 
-    def _next(self, pieces: Iterator[Any]) -> Any:
+    @contextlib.contextmanager
+    def _unless_stalled(self) -> Iterator[None]:
         try:
-            return next(pieces)
+            yield
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise

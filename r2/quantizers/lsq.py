@@ -39,13 +39,13 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, step, low, high, scale):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, step, low, high, scale)
-        return unflat(_round(_rows(x, step), step.view(-1, 1), low, high).view(-1), x)
+        return unflat(_round(_rows(x, step), step.view(-1, 1).to(x.dtype), low, high).view(-1), x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, step, low, high, scale = ctx.saved_tensors
-        gx, gs = _gradients(_rows(x, step), _rows(matching(grad, x), step), step.view(-1, 1), low, high)
-        return unflat(gx.view(-1), x), (gs * scale).view_as(step), None, None, None
+        gx, gs = _gradients(_rows(x, step), _rows(matching(grad, x), step), step.view(-1, 1).to(x.dtype), low, high)
+        return unflat(gx.view(-1), x), (gs * scale).view_as(step).to(step.dtype), None, None, None
 
 
 def _rows(x: Tensor, step: Tensor) -> Tensor:
@@ -154,12 +154,12 @@ class LSQ(Quantizer):
     @torch.no_grad()
     def encode(self, w: Tensor) -> Tensor:
         low, high = self._weight_bounds()
-        levels = torch.round((w / self._weight_step(w)).clamp(low, high)).reshape(-1)
+        levels = torch.round((w / self._weight_step(w).to(w.dtype)).clamp(low, high)).reshape(-1)
         return levels.to(torch.int32) - low
 
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
         low, _ = self._weight_bounds()
-        return (codes + low).to(like.dtype).view(like.shape) * self._weight_step(like)
+        return (codes + low).to(like.dtype).view(like.shape) * self._weight_step(like).to(like.dtype)
 
     def weight_grid(self) -> WeightGrid:
         low, high = self._weight_bounds()
