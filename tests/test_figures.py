@@ -248,4 +248,6 @@ def test_folding_is_collected_of_the_pretrainings_of_records(tmp_path):
         folding.collect(tmp_path / "pretrained", tmp_path / "weights", [rounded])
     ((model, reg, spread, top1),) = folding.folding_rows([rounded], tmp_path / "weights")
     assert (model, reg, top1) == ("mbv1-0.25", "l2", 10.0) and spread > 100
+    folded = rounded | {"details": {"constant_channels": []}}
+    assert folding.folding_rows([rounded, folded], tmp_path / "weights") == [[model, reg, spread, top1]]
     assert (tmp_path / "weights" / "folding.csv").read_text().count("\n") == 2

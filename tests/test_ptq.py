@@ -257,7 +257,7 @@ def test_equalization(tmp_path, name, pairs, known):
         net, norms = aimet.fold(model, images()[0][:2])
         config = aimet.write_config(scratch / "config.json", "tensor", True)
         work = aimet.Work(net, norms, places(net), {}, 8, "min_max", 99.9, images(), config, tmp_path)
-        statistics, used = aimet.equalize(work)
+        statistics, used = aimet.equalize(work, False)
         net = aimet.own(net)
     assert used["equalized_pairs"] == pairs and used["largest_equalization_scale"] > 1.1
     assert not any(isinstance(m, nn.ReLU6) for m in net.modules())
@@ -323,6 +323,53 @@ def test_a_dead_channel_does_not_set_the_range(compress, stage):
         found = done["details"]["constant_channels"]
         assert channel in found if fold_constant else found is None
     assert errors[True] < 0.5 and (stage is DFQ or errors[False] > 0.9), errors
+
+
+def test_a_channel_that_no_calibration_image_excites_is_kept():
+    """What its BatchNorm saw in training varied: another image may excite it."""
+    model, channel = dead("mbv1", 0.5)
+    assert fold_constants(model, images()) == []
+    model.get_submodule(channel.split(":")[0]).weight.data[3] = 1e-10  # whatever excites it, gamma hides it
+    assert fold_constants(model, images()) == [channel]
+
+
+@pytest.mark.parametrize("beta", [-0.4, 1.5])
+def test_equalization_leaves_constants_alone(tmp_path, beta):
+    """AIMET takes gamma = 1e-10 for a range to equalize, and a constant for a bias to absorb across zero padding."""
+    model, scales = network("mbv1"), {}
+    for name, channel in (("features.2.1", 3), ("features.3.1", 1), ("features.8.1", 0)):
+        norm = model.get_submodule(name)
+        norm.weight.data[channel], norm.bias.data[channel] = 1e-10, beta
+    for module in model.modules():
+        if isinstance(module, nn.ReLU6):
+            module.max_val = float("inf")
+    for fold in (False, True):
+        net = copy.deepcopy(model)
+        if fold:
+            assert fold_constants(net, images()) == ["features.2.1:3", "features.3.1:1", "features.8.1:0"]
+        with aimet.alone(tmp_path, 0) as (_, scratch):
+            net, norms = aimet.fold(net, images()[0][:2])
+            config = aimet.write_config(scratch / "config.json", "tensor", True)
+            work = aimet.Work(net, norms, places(net), {}, 8, "min_max", 99.9, images(), config, tmp_path)
+            scales[fold] = aimet.equalize(work, fold)[1]["largest_equalization_scale"]
+            net = aimet.own(net)
+    assert scales[False] > 1e3 and scales[True] < 100
+    with torch.no_grad():
+        before, after = model(torch.cat(images())), net(torch.cat(images()))
+    assert (before - after).std() < 0.02 * before.std()
+
+
+@pytest.mark.parametrize("stage", [Nearest, DFQ])
+def test_weight_sqnr_is_that_of_the_formula(compress, stage):
+    model = network("mbv1")
+    done, _ = compress(stage, model, layer_bits={"classifier": 8})
+    found = done["details"]["weight_sqnr_db"]
+    assert list(found) == list(quantizable(model))
+    for name, layer in compressed(done["model"]).items():
+        w, q = done["originals"][name].double(), layer.weight.double()
+        expected = 10 * torch.log10(w.square().sum() / (w - q).square().sum())
+        assert found[name] == pytest.approx(expected.item(), abs=1e-3)
+    assert found["classifier"] > 35 > found["features.0.0"] > 10
 
 
 def test_no_pair_is_an_error(compress):

@@ -2,6 +2,7 @@
 
 Folding multiplies each output channel by gamma / sqrt(variance + eps). A channel whose input is always zero has no
 variance, so its scale is gamma / sqrt(eps), hundreds of times the others', whatever a regularizer did to the weights.
+Runs with stage.fold_constant, which sets such a channel to its constant, are no part of this.
 """
 
 import csv
@@ -69,12 +70,15 @@ def collect(pretrained: Path, into: Path, records: list[dict]) -> None:
 
 
 def folding_rows(records: list[dict], weights: Path) -> list[list[Any]]:
-    """[model, reg, folded spread, top1] of every run with nearest rounding whose pretraining is in folding.csv."""
+    """[model, reg, folded spread, top1] of every run with nearest rounding and AIMET's own folding whose pretraining
+    is in folding.csv.
+    """
     path = weights / "folding.csv"
     lines = path.read_text().splitlines() if path.exists() else []
     known = {row["sha256"]: float(row["folded"]) for row in csv.DictReader(lines)}
+    aimets = (r for r in records if column(r) == ROUNDED and (r.get("details") or {}).get("constant_channels") is None)
     return sorted([r["axes"]["model"], r["axes"]["reg"], known[r["sha256"]["pretrained"]], r["metrics"]["top1"]]
-                  for r in records if column(r) == ROUNDED and r["sha256"]["pretrained"] in known)  # fmt: skip
+                  for r in aimets if r["sha256"]["pretrained"] in known)  # fmt: skip
 
 
 def accuracy_folding(rows: list[list[Any]]) -> tuple[Figure, str]:
@@ -95,7 +99,7 @@ def accuracy_folding(rows: list[list[Any]]) -> tuple[Figure, str]:
         ax.plot([], [], "osD^"[i % 4], color=INK, fillstyle="none", label=model)
     figure.legend(loc="outside upper center", ncols=4, handlelength=1.2, columnspacing=1.2)
     return figure, (
-        "Why nearest rounding fails: BatchNorm folding multiplies a dead channel (variance 0) by gamma / sqrt(eps), it "
-        "alone then sets the range of a per-tensor grid, and the other channels of its layer round to zero. One mark "
-        "per pretraining, at its most uneven layer."
+        "Why nearest rounding fails with stage.fold_constant=false: BatchNorm folding multiplies a dead channel "
+        "(variance 0) by gamma / sqrt(eps), it alone then sets the range of a per-tensor grid, and the other channels "
+        "of its layer round to zero. One mark per pretraining, at its most uneven layer."
     )

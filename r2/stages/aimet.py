@@ -160,8 +160,12 @@ def _exchange(net: nn.Module, old: type, new: Callable[[Any], nn.Module]) -> Non
                 setattr(parent, name, new(child))
 
 
-def equalize(work: Work) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Any]]:
+def equalize(work: Work, keep_constants: bool) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Any]]:
     """Replace ReLU6 by ReLU, scale pairs of layers to equal ranges, fold high biases; `work.net` is changed.
+
+    Args:
+        keep_constants: the bias of a channel whose gamma is 0 stays. Without a deviation all of it would count as high
+            and be absorbed by the next layer, which its zero padding makes inexact.
 
     Returns:
         mean and standard deviation per channel of each layer's output, as BatchNorm knows them; and for the record
@@ -179,12 +183,16 @@ def equalize(work: Work) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, An
     if not pairs:
         raise UserError("cross-layer equalization finds no pair of layers in this model; use stage=none or adaround")
     known: dict[Any, Any] = {layer: (norm.bias.data, norm.weight.data.abs()) for layer, norm in work.norms.items()}  # type: ignore[union-attr,operator]
+    norms = dict(work.norms)
+    for layer, norm in work.norms.items() if keep_constants else ():
+        norms[layer] = norm = copy.deepcopy(norm)
+        norm.bias.data[norm.weight == 0] = 0  # type: ignore[union-attr,operator,index]
     extremes = [1.0]
     for pair in pairs:
         scale = torch.as_tensor(pair.scale_factor, device=pair.layer1.weight.device)
         extremes += [scale.max().item(), 1 / scale.min().item()]
         before = pair.layer1.bias.detach().clone()
-        HighBiasFold.bias_fold([ClsSetInfo(pair)], work.norms)
+        HighBiasFold.bias_fold([ClsSetInfo(pair)], norms)
         if pair.layer1 in known:
             mean, std = known[pair.layer1]
             known[pair.layer1] = (mean / scale - (before - pair.layer1.bias.detach()), std / scale)

@@ -17,8 +17,9 @@ def fold_constants(model: nn.Module, batches: list[Tensor]) -> list[str]:
 
     BatchNorm's running variance alone does not tell: it holds what training saw, and fades slowly. So the outputs are
     measured: a channel is constant where its standard deviation, over images and places, is below a thousandth of the
-    root mean square of its layer's. Folding then leaves weights of zero and a bias, and equalization, which passes
-    over zero ranges, has no factor for it.
+    root mean square of its layer's. Training must agree, by a running variance of at most eps or a gamma below that
+    limit: a channel that these images do not excite, but others do, stays. Folding then leaves weights of zero and a
+    bias, and equalization, which passes over zero ranges, has no factor for it.
 
     Args:
         model: in evaluation mode; changed in place.
@@ -50,8 +51,9 @@ def fold_constants(model: nn.Module, batches: list[Tensor]) -> list[str]:
     for name, (count, total, squares) in sums.items():
         mean = total / count
         variance = (squares / count - mean**2).clamp(min=0)
-        still = variance.sqrt() <= TOLERANCE * variance.mean().sqrt()
-        norm = norms[name]
+        norm, limit = norms[name], TOLERANCE * variance.mean().sqrt()
+        assert norm.running_var is not None
+        still = (variance.sqrt() <= limit) & ((norm.running_var <= norm.eps) | (norm.weight.abs() <= limit))
         norm.weight[still] = 0.0
         norm.bias[still] = mean[still].to(norm.bias.dtype)
         constants += [f"{name}:{channel}" for channel in still.nonzero().flatten().tolist()]

@@ -7,6 +7,7 @@ python -m r2.run stage=adaround stage.iterations=10000
 
 import contextlib
 import copy
+import math
 import multiprocessing
 import pickle
 import time
@@ -23,7 +24,7 @@ from r2 import console
 from r2.config import Bits, Count, Fraction, NonNegative, Positive, UserError
 from r2.data.batches import IGNORED, Data
 from r2.dist import end_with_parent
-from r2.quantizers.layers import check_weights, layer_bits, quantizable, signal_to_noise
+from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise
 from r2.recipe import Recipe
 from r2.regularizers import Regularizer
 from r2.stages import aimet, bias_correction, simulation
@@ -118,9 +119,10 @@ class PTQ(Stage):
             simulation.save(sim, quantized, work, key)
         rest = time.monotonic() - loaded - sum(seconds.values())
         seconds = {"load_aimet": loaded - began, "calibrate": rest, **seconds}
+        originals = {name: net.get_parameter(f"{name}.weight").detach() for name in bits}
         return {
             "model": quantized,
-            "originals": {name: net.get_parameter(f"{name}.weight").detach() for name in bits},
+            "originals": originals,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
             "details": {
                 "aimet": version,
@@ -131,6 +133,7 @@ class PTQ(Stage):
                 "calibration_batch_size": self.calibration_batch_size,
                 "calibration_seed": seed,
                 "constant_channels": constants,
+                "weight_sqnr_db": weight_sqnr(quantized, originals),
                 "quantizers": {kind: len(names) for kind, names in asdict(where).items()},
                 **used,
             },
@@ -165,7 +168,7 @@ class DFQ(PTQ):
 
     def method(self, work: Work) -> tuple[Any, dict, dict[str, float]]:
         began = time.monotonic()
-        statistics, used = aimet.equalize(work)
+        statistics, used = aimet.equalize(work, self.fold_constant)
         seconds = {"equalize": time.monotonic() - began}
         if self.bias_correction != "none":
             began = time.monotonic()
@@ -216,7 +219,7 @@ class AdaRound(PTQ):
         count = self.batches or len(work.batches)
         if count > len(work.batches):
             raise UserError(f"stage.batches={count}: there are {len(work.batches)}, of {self.calibration_batch_size}")
-        used = aimet.equalize(work)[1] if self.equalize_first else {}
+        used = aimet.equalize(work, self.fold_constant)[1] if self.equalize_first else {}
         console.say(f"adaround: {len(work.bits)} layers, {self.iterations:,} iterations each")
         began = time.monotonic()
         rounded = aimet.adaround(
@@ -232,6 +235,21 @@ class AdaRound(PTQ):
         images = sum(len(x) for x in work.batches[:count])
         used |= {"iterations": self.iterations, "batch_size": self.batch_size, "adaround_images": images}
         return aimet.simulate(work, rounded), used, seconds
+
+
+@torch.no_grad()
+def weight_sqnr(quantized: nn.Module, originals: Mapping[str, Tensor]) -> dict[str, float]:
+    """10 log10(sum w^2 / sum (w - q(w))^2) in dB per compressed layer; infinite without an error.
+
+    Args:
+        originals: the weights w before quantization, by layer name.
+    """
+    found = {}
+    for name, layer in compressed(quantized).items():
+        w, q = originals[name].double(), layer.weight.double()
+        power, error = w.square().sum().item(), (w - q).square().sum().item()
+        found[name] = round(10 * math.log10(power / error), 3) if power and error else math.inf
+    return found
 
 
 def apart(function: Callable[..., dict], model: nn.Module, batches: list[Tensor], run: Run) -> dict[str, Any]:
