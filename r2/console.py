@@ -46,16 +46,18 @@ class Phase:
             self._progress.update(self._task, completed=done, description=text)
 
     def epoch(self, text: str) -> None:
-        """One line per epoch, where there is no bar."""
-        if self.show and not self.live:
+        """One line per epoch, which stays above the bar where there is one."""
+        if self.live:
+            self._progress.console.print(f"{self.name}: {text}", markup=False)
+        elif self.show:
             print(f"{self.name}: {text}", file=sys.stdout, flush=True)
 
 
-def _constants(details: dict) -> list[tuple[str, Any]]:
-    """Channels that post-training folding made constants: their number, and the first few."""
-    names = details.get("constant_channels") or []
-    shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-    return [("constant channels", f"{len(names)}: {shown}")] if names else []
+def _noteworthy(details: dict) -> list[tuple[str, Any]]:
+    """Channels that folding made constants, and layers whose output is mostly noise: how many, and the first few."""
+    kinds = (("constant channels", "constant_channels"), ("below 1 dB", "below_1_db"))
+    found = [(title, details[key]) for title, key in kinds if details.get(key)]
+    return [(title, f"{len(names)}: {', '.join(names[:5])}" + ", ..." * (len(names) > 5)) for title, names in found]
 
 
 def summary(record: dict, directory: Path) -> None:
@@ -70,7 +72,7 @@ def summary(record: dict, directory: Path) -> None:
         ("weights", f"largest {record['weights_summary']['max_abs']:.3f}, "
                     f"mean kurtosis {record['weights_summary']['kurtosis']:.2f} after pretraining"),
         ("file", f"{record['size']['file_mib']:.3f} MiB, {record['size']['bits_per_weight'] or 32:g} bits per weight"),
-        *_constants(record.get("details") or {}),
+        *_noteworthy(record.get("details") or {}),
         ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in record["seconds"].items())),
         ("record", directory / "record.json"),
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -18,11 +19,31 @@ from r2.trackers import Tracker
 from r2.train import evaluate, train
 
 
-def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, dict]:
+@dataclass(frozen=True)
+class Pretrained:
+    """What is known of the model that a stage starts from.
+
+    Attributes:
+        weights, weights_initial: per layer, range, size, deviation and kurtosis, after pretraining and before.
+        metrics, sha256, images_per_second, timing: None of a model that has not been trained.
+        skipped_images: that could not be decoded.
+    """
+
+    weights: dict[str, dict[str, float]]
+    weights_initial: dict[str, dict[str, float]]
+    metrics: dict[str, float] | None = None
+    seconds: float = 0.0
+    images_per_second: float | None = None
+    timing: dict[str, float] | None = None
+    sha256: str | None = None
+    skipped_images: int = 0
+
+
+def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, Pretrained]:
     """Train the new model with the regularizer active, unless anybody with this `out` already has.
 
     Returns:
-        the model in evaluation mode on its device, and what is known of it: metrics, seconds, images/s, weights.
+        the model in evaluation mode on its device, and what is known of it.
     """
     identity = of_pretraining(config)
     directory = identity.directory
@@ -38,7 +59,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             state = run.finished()
             model.load_state_dict(state["model"])
             run.say(f"pretrained: {directory} (finished, not repeated)")
-            return model.eval(), {**state["info"], "directory": str(directory)}
+            return model.eval(), Pretrained(**state["info"])
         if world.main:
             store.write_json(directory / "config.json", identity.values)
         if recipe.sync_bn:
@@ -50,21 +71,23 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
         done = train(model, data, recipe, run, "pretrain", [optimizer], regularizer, before_epoch=note_weights)
         note_weights(recipe.epochs)
         metrics = evaluate(model, data, world, recipe)
-        info = {
-            "metrics": metrics,
-            "seconds": done["seconds"],
-            "images_per_second": done["images_per_second"],
-            "timing": done["timing"],
-            "weights_initial": initial,
-            "weights": describe(model),
-            "sha256": store.digest(model.state_dict()),
-            "skipped_images": data.count_skipped(),
-        }
+        known = Pretrained(
+            weights=describe(model),
+            weights_initial=initial,
+            metrics=metrics,
+            seconds=done.seconds,
+            images_per_second=done.images_per_second,
+            timing=done.timing,
+            sha256=store.digest(model.state_dict()),
+            skipped_images=data.count_skipped(),
+        )
         if world.main:
-            store.save(finished, {"format": "r2", "key": identity.key, "model": model.state_dict(), "info": info})
+            store.save(
+                finished, {"format": "r2", "key": identity.key, "model": model.state_dict(), "info": asdict(known)}
+            )
             store.remove(run.checkpoint("pretrain"), run.checkpoint("pretrain").with_suffix(".previous"))
         world.barrier()
-    return model.eval(), {**info, "directory": str(directory)}
+    return model.eval(), known
 
 
 def _weights_curve(model: nn.Module, run: Run) -> Callable[[int], None]:
@@ -82,20 +105,11 @@ def _weights_curve(model: nn.Module, run: Run) -> Callable[[int], None]:
     return note
 
 
-def untrained(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, dict]:
+def untrained(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, Pretrained]:
     """The model before any training, for a stage that trains it from scratch; returns what `pretrain` does."""
     model = _new(config, data, recipe, world)
     weights = describe(model)
-    return model, {
-        "metrics": None,
-        "seconds": 0.0,
-        "images_per_second": None,
-        "timing": None,
-        "weights_initial": weights,
-        "weights": weights,
-        "sha256": None,
-        "skipped_images": 0,
-    }
+    return model, Pretrained(weights, weights)
 
 
 def _new(config: dict, data: Data, recipe: Recipe, world: World) -> nn.Module:

@@ -9,10 +9,14 @@ import shlex
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r2.config import UserError
 from r2.paths import REPOSITORY
+
+if TYPE_CHECKING:
+    from r2.pretrain import Pretrained
+    from r2.stages.stage import Outcome
 
 SCHEMA = 2
 _PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn", "transformers")
@@ -133,13 +137,13 @@ def make(
     config: dict,
     axes: dict,
     directory: Path,
-    pretrained: dict,
+    pretrained: "Pretrained",
     model: Any,
-    result: dict,
+    outcome: "Outcome",
     data: Any,
     world: Any,
 ) -> dict:
-    """Gather a run's record; `result` is what its stage returned."""
+    """Gather a run's record."""
     from r2 import store
     from r2.pack import size
     from r2.regularizers import describe
@@ -150,33 +154,33 @@ def make(
             "schema": SCHEMA,
             "name": directory.name,
             "axes": axes,
-            "metrics": result["metrics"],
-            "fp32": pretrained["metrics"],
-            "initial": result.get("initial"),
+            "metrics": outcome.metrics,
+            "fp32": pretrained.metrics,
+            "initial": outcome.initial,
             "size": {**size(model), "file_mib": _mib(packed)},
-            "sqnr_db": result.get("sqnr_db"),
-            "details": result.get("details"),
+            "sqnr_db": outcome.sqnr_db,
+            "details": _details(outcome),
             "epochs": {
-                "pretrain": config["recipe"]["epochs"] if pretrained["metrics"] else 0,
-                "stage": result["epochs"],
+                "pretrain": config["recipe"]["epochs"] if pretrained.metrics else 0,
+                "stage": outcome.epochs,
             },
-            "seconds": {"pretrain": pretrained["seconds"], **result["seconds"]},
+            "seconds": {"pretrain": pretrained.seconds, **outcome.seconds},
             "images_per_second": {
-                "pretrain": pretrained["images_per_second"],
-                "stage": result.get("images_per_second"),
+                "pretrain": pretrained.images_per_second,
+                "stage": outcome.images_per_second,
             },
-            "timing": {"pretrain": pretrained.get("timing"), "stage": result.get("timing")},
+            "timing": {"pretrain": pretrained.timing, "stage": outcome.timing},
             "processes": world.size,
             "train_images": data.train_images,
-            "skipped_images": pretrained["skipped_images"] + data.count_skipped(),
-            "weights_summary": weights_summary(pretrained["weights"]),
+            "skipped_images": pretrained.skipped_images + data.count_skipped(),
+            "weights_summary": weights_summary(pretrained.weights),
             "weights": {
-                "initial": pretrained["weights_initial"],
-                "pretrained": pretrained["weights"],
+                "initial": pretrained.weights_initial,
+                "pretrained": pretrained.weights,
                 "final": describe(model),
             },
             "sha256": {
-                "pretrained": pretrained["sha256"],
+                "pretrained": pretrained.sha256,
                 "final": store.digest(model.state_dict()),
                 "packed": store.sha256_of(packed) if packed.exists() else None,  # rank 0 writes it
             },
@@ -189,6 +193,12 @@ def make(
     )
     found = json.loads(json.dumps(found, default=str))  # as it will be read
     return {**found, "digest": digest(found)}
+
+
+def _details(outcome: "Outcome") -> dict | None:
+    """What the method tells, and the layers whose output is mostly noise: no accuracy should rest on those."""
+    lost = [name for name, ratio in (outcome.sqnr_db or {}).items() if not ratio >= 1.0]
+    return {**(outcome.details or {}), "below_1_db": lost} if lost else outcome.details
 
 
 def digest(found: dict) -> str:

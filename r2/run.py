@@ -56,12 +56,12 @@ def experiment(config: dict, world: "World") -> dict:
                 run.log = tracker.log
                 with torch.device("meta"):
                     stage.check(build(config["model"], num_classes=data.num_classes))
-                start = untrained if stage.from_scratch else pretrain
-                model, pretrained = start(config, data, recipe, world, tracker)
-                model, result = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
+                beginning = untrained if stage.from_scratch else pretrain
+                model, pretrained = beginning(config, data, recipe, world, tracker)
+                model, outcome = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
                 if world.main:
                     pack.save(model, directory / "model.safetensors")
-                found = record.make(config, columns, directory, pretrained, model, result, data, world)
+                found = record.make(config, columns, directory, pretrained, model, outcome, data, world)
                 run.finish(model, found)
                 tracker.close()
     if world.main:

@@ -1,10 +1,8 @@
 """The one optimisation loop, and evaluation. Pretraining and every fine-tuning stage call it."""
 
 import contextlib
-import math
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,30 +15,26 @@ from r2 import resume
 from r2.config import UserError
 from r2.console import Phase
 from r2.data.batches import IGNORED, Data, chunk, mix
-from r2.dist import World, stop_handlers, stopped
+from r2.dist import World
 from r2.models import Inputs
 from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
 from r2.store import Run
-from r2.timing import Timing, summary
+from r2.timing import summary
 
 
-class _Stop:
-    """Set by a signal; the loop then writes a checkpoint and leaves with 128 + the signal's number."""
+@dataclass(frozen=True)
+class Trained:
+    """What a phase of training took.
 
-    def __init__(self) -> None:
-        self.signal = 0
-        self.handlers: dict[int, Any] = {}  # those that stand back while this one watches
+    Attributes:
+        seconds, images_per_second: evaluation and checkpoints included.
+        timing: of the steps alone.
+    """
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        with stop_handlers() as self.handlers:
-            for number in self.handlers:
-                signal.signal(number, self._set)
-            yield
-
-    def _set(self, number: int, _: Any) -> None:
-        self.signal = number
+    seconds: float
+    images_per_second: float
+    timing: dict[str, float] | None
 
 
 def train(
@@ -52,20 +46,19 @@ def train(
     optimizers: list[Optimizer],
     regularizer: Regularizer | None = None,
     before_epoch: Callable[[int], None] | None = None,
+    before_update: Callable[[], None] | None = None,
     batchnorm: Literal["train", "freeze"] = "train",
     keys: str = "recipe",
-) -> dict:
+) -> Trained:
     """Optimise `model` in place, going on from the phase's checkpoint if there is one.
 
     Args:
         phase: names the checkpoint, the curve and the progress bar.
         regularizer: its gradient is added after the all-reduce.
         before_epoch: called with the epoch's number before its first step.
+        before_update: called when a step's gradients are there, before they are clipped.
         batchnorm: 'freeze' keeps the statistics that the model comes with.
         keys: the config group whose keys are in force, for what is said of a loss that is not finite.
-
-    Returns:
-        seconds, images_per_second (evaluation and checkpoints included), timing of the steps, and the curve's rows.
 
     Raises:
         UserError: the loss is not finite; names the step, the learning rate and the layer with the largest gradient.
@@ -76,108 +69,63 @@ def train(
     check_batch(recipe, world, phase)
     steps = data.steps(recipe.batch_size)
     total, warmup = steps * recipe.epochs, round(steps * recipe.warmup_epochs)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group.setdefault("initial_lr", group["lr"])
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16" and device.type == "cuda")
-    position, made_with = resume.Position(), resume.made_with(data, world)
-    state = run.resume(phase)
-    if state is not None:
-        resume.compare(made_with, state.get("made_with", {}), run, phase)
-        try:
-            position = resume.restore(state, model, optimizers, scaler, regularizer)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(
-                f"{run.checkpoint(phase)}: does not fit this version of r2 ({reason}); delete it to start again"
-            ) from None
-        run.say(f"{phase}: going on at epoch {position.epoch + 1}, step {position.step}")
+    every = 1 if device.type == "cpu" and world.size == 1 else 10
+    upkeep = resume.Upkeep(run, phase, keys, data, steps, every, model, optimizers, scaler, regularizer)
+    position, sums = upkeep.position, upkeep.sums
     net = world.parallel(model)
     forward = torch.compile(net) if recipe.compile else net
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
     autocast = _autocast(recipe, device)
-    sync_every = 1 if device.type == "cpu" and world.size == 1 else 10
-    stop, began, saved = _Stop(), time.monotonic(), time.monotonic()
-    before = position.seconds
-    sums = position.sums.to(device)
 
-    def write_checkpoint() -> None:
-        nonlocal saved
-        position.seconds, position.sums = before + time.monotonic() - began, sums.cpu()
-        position.timing.note_memory(device)
-        state = resume.state_of(position, model, optimizers, scaler, regularizer)
-        if world.main:
-            resume.check_weights(state["model"], phase, keys)
-        run.save_state(phase, made_with=made_with, **state)
-        saved = time.monotonic()
-        position.timing.begin()
-
-    with stop.watch(), Phase(phase, total, position.epoch * steps + position.step, world.main) as bar:
+    with upkeep.watch(), Phase(phase, total, upkeep.step, world.main) as bar:
         while position.epoch < recipe.epochs:
             if position.step == 0 and before_epoch:
                 before_epoch(position.epoch)
             model.train()
             if batchnorm == "freeze":
                 _freeze_batchnorm(model)
-            batches = position.timing.waiting(data.train(recipe.batch_size, run.seed, position.epoch, position.step))
-            losses: list[Tensor] = []
-            for inputs, labels in batches:
-                step = position.epoch * steps + position.step
+            batches = data.train(recipe.batch_size, run.seed, position.epoch, position.step)
+            for inputs, labels in position.timing.waiting(batches):
                 torch.manual_seed(mix(run.seed, position.epoch, position.step, world.rank))
-                factor = learning_rate(step, total, warmup, recipe.schedule)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["initial_lr"] * factor
-                    optimizer.zero_grad()
+                factor = learning_rate(upkeep.step, total, warmup, recipe.schedule)
+                _begin_step(optimizers, factor)
                 loss, seen = _backward(forward, net, inputs, labels, criterion, autocast, scaler, recipe)
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                if regularizer is not None:
-                    penalty = regularizer.add_gradients()
-                    sums[3] += penalty * seen[2]
-                    loss = loss + penalty
-                losses.append(loss)
-                due = position.step % sync_every == sync_every - 1 or position.step == steps - 1
-                if due:
-                    _check_finite(losses, step, optimizers[0].param_groups[0]["lr"], model, world, phase, keys)
-                    losses.clear()
-                if recipe.clip_norm:
-                    parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-                    nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-                for optimizer in optimizers:
-                    scaler.step(optimizer)
-                scaler.update()
-                sums[:3] += seen
-                position.step += 1
-                if due:
-                    position.timing.mark()
+                if before_update:
+                    before_update()
+                penalty = regularizer.add_gradients() if regularizer is not None else None
+                upkeep.check_loss(loss if penalty is None else loss + penalty)
+                _update(optimizers, scaler, recipe.clip_norm)
+                sums.add(seen, penalty)
                 if bar.due():
-                    bar.update(step + 1, _running(sums, position, recipe, factor * recipe.lr, steps, began, before))
-                if due and position.step < steps and _any_stop(stop, world):
-                    write_checkpoint()
-                    raise _interrupted(run, phase, stop)
-                if due and position.step < steps and time.monotonic() - saved >= run.checkpoint_seconds:
-                    write_checkpoint()
-            row = _epoch_row(phase, position, sums, world, data, model, recipe, regularizer, optimizers[0])
-            position.rows.append(row)
-            run.write_curve(phase, position.rows)
-            run.log(row)
+                    bar.update(upkeep.step + 1, _running(upkeep, recipe, factor * recipe.lr))
+                upkeep.after_step()
+            row = _epoch_row(phase, upkeep, data, recipe)
             bar.epoch(_line(row, recipe.epochs))
-            sums.zero_()
-            position.epoch, position.step, position.timing = position.epoch + 1, 0, Timing()
-            last = position.epoch == recipe.epochs
-            if last or time.monotonic() - saved >= run.checkpoint_seconds:
-                write_checkpoint()
-            if not last and _any_stop(stop, world):
-                write_checkpoint()
-                raise _interrupted(run, phase, stop)
-    seconds = before + time.monotonic() - began if before == 0 or state is None else max(before, position.seconds)
-    return {
-        "seconds": round(seconds, 2),
-        "images_per_second": round(total * recipe.batch_size / seconds, 1),
-        "timing": summary(position.rows),
-        "rows": position.rows,
-    }
+            upkeep.after_epoch(row, last=position.epoch == recipe.epochs - 1)
+    seconds = upkeep.seconds() if not upkeep.resumed else max(position.seconds, 1e-9)
+    return Trained(round(seconds, 2), round(total * recipe.batch_size / seconds, 1), summary(position.rows))
+
+
+def _begin_step(optimizers: list[Optimizer], factor: float) -> None:
+    """Clear the gradients and set every group's learning rate to `factor` times its first one."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.zero_grad()
+
+
+def _update(optimizers: list[Optimizer], scaler: torch.amp.GradScaler, clip_norm: float | None) -> None:
+    if clip_norm:
+        parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
 
 
 def _freeze_batchnorm(model: nn.Module) -> None:
@@ -237,59 +185,22 @@ def _backward(
     return total, seen
 
 
-def _check_finite(
-    losses: list[Tensor], step: int, lr: float, model: nn.Module, world: World, phase: str, keys: str
-) -> None:
-    bad = (~torch.isfinite(torch.stack(losses))).to(torch.float32)
-    if not world.all_reduce(bad).any():
-        return
-    first = step - len(losses) + 1 + int(bad.nonzero()[0])
-    norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
-    worst = max(norms, key=lambda n: (not math.isfinite(norms[n]), norms[n])) if norms else "none"
-    raise UserError(
-        f"{phase}: the loss is not finite at step {first} (lr {lr:.3g}); the largest gradient is in {worst} "
-        f"({norms.get(worst, 0):.3g}). {resume.mend(keys)}"
-    )
-
-
-def _any_stop(stop: _Stop, world: World) -> bool:
-    if world.size == 1:
-        return bool(stop.signal)
-    flag = world.all_reduce(torch.tensor(float(stop.signal), device=world.device))
-    stop.signal = stop.signal or (signal.SIGTERM if flag > 0 else 0)
-    return bool(stop.signal)
-
-
-def _interrupted(run: Run, phase: str, stop: _Stop) -> SystemExit:
-    run.say(f"{phase}: stopped by signal {int(stop.signal)}; the same command goes on from here")
-    return stopped(stop.signal, stop.handlers)
-
-
-def _epoch_row(
-    phase: str,
-    position: resume.Position,
-    sums: Tensor,
-    world: World,
-    data: Data,
-    model: nn.Module,
-    recipe: Recipe,
-    regularizer: Regularizer | None,
-    optimizer: Optimizer,
-) -> dict:
-    loss, correct, count, penalty = world.all_reduce(sums.clone()).tolist()
-    count = max(count, 1)
-    held_out = evaluate(model, data, world, recipe)
+def _epoch_row(phase: str, upkeep: resume.Upkeep, data: Data, recipe: Recipe) -> dict:
+    """The curve's row of the epoch that has just ended."""
+    world, regularizer = upkeep.run.world, upkeep.regularizer
+    loss, top1, penalty = upkeep.sums.means(world)
+    held_out = evaluate(upkeep.model, data, world, recipe)
     return {
         "phase": phase,
-        "epoch": position.epoch + 1,
-        "loss": round(loss / count, 6),
-        "top1": round(100 * correct / count, 4),
-        "penalty": round(penalty / count, 6),
+        "epoch": upkeep.position.epoch + 1,
+        "loss": round(loss, 6),
+        "top1": round(top1, 4),
+        "penalty": round(penalty, 6),
         "val_loss": held_out["loss"],
         "val_top1": held_out["top1"],
         "val_top5": held_out["top5"],
-        "lr": optimizer.param_groups[0]["lr"],
-        **position.timing.row(recipe.batch_size, world),
+        "lr": upkeep.optimizers[0].param_groups[0]["lr"],
+        **upkeep.position.timing.row(recipe.batch_size, world),
         **(regularizer.log() if regularizer is not None else {}),
     }
 
@@ -301,15 +212,12 @@ def _line(row: dict, epochs: int) -> str:
     )
 
 
-def _running(
-    sums: Tensor, position: resume.Position, recipe: Recipe, lr: float, steps: int, began: float, before: float
-) -> str:
-    loss, correct, count, _ = sums.tolist()
-    done = (position.epoch * steps + position.step) * recipe.batch_size
-    rate = done / (before + time.monotonic() - began)
+def _running(upkeep: resume.Upkeep, recipe: Recipe, lr: float) -> str:
+    loss, top1, _ = upkeep.sums.means()
+    rate = (upkeep.step + 1) * recipe.batch_size / upkeep.seconds()
     return (
-        f"epoch {position.epoch + 1}/{recipe.epochs}  loss {loss / max(count, 1):.3f}  "
-        f"top-1 {100 * correct / max(count, 1):.1f}  lr {lr:.2g}  {rate:.0f} examples/s"
+        f"epoch {upkeep.position.epoch + 1}/{recipe.epochs}  loss {loss:.3f}  "
+        f"top-1 {top1:.1f}  lr {lr:.2g}  {rate:.0f} examples/s"
     )
 
 
@@ -320,15 +228,15 @@ def best(logits: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module, data: Data, world: World, recipe: Recipe) -> dict[str, float]:
-    """Top-1 and top-5 in percent, and mean cross-entropy, over the validation images, each counted once."""
+    """Top-1 and top-5 in percent, and mean cross-entropy, over the validation images, each counted once.
+
+    In float32, whatever the recipe's precision, as the packed file is read: autocast moves values off their grids.
+    """
     world.broadcast_buffers(model)
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    autocast = _autocast(recipe, world.device)
     for inputs, labels in data.val(max(1, min(2 * recipe.batch_size // world.size, 512))):
-        with autocast():
-            logits = model(inputs)
-        logits, keep = logits.float(), labels != IGNORED
+        logits, keep = model(inputs).float(), labels != IGNORED
         top = best(logits) == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         sums += torch.stack([loss, top[:, 0].sum(), top.sum(), keep.sum()])

@@ -320,7 +320,7 @@ def test_a_folder_that_changed_before_a_run_goes_on_is_named(root, tmp_path):
     root.rename(moved)  # where the folder lies does not matter
     said = []
     trained(of(moved), moved / "run", 2, said)
-    assert "going on at epoch 2, step 0" in said[0]
+    assert "resumed at epoch 2, step 0" in said[0]
     moved.rename(root)
 
 

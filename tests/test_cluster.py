@@ -150,7 +150,7 @@ def test_a_preempted_job_goes_back_into_the_queue_and_goes_on(tmp_path):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     logs = [path.read_text() for path in out.glob(".submitit/**/*.out")]
-    assert sum("going on at epoch" in log for log in logs) == 1 and len(logs) == 2
+    assert sum("resumed at epoch" in log for log in logs) == 1 and len(logs) == 2
     output, _ = (whole := sweep(tmp_path / "whole")).communicate(timeout=600)
     assert whole.returncode == 0, output
     assert len(digests(out)) == 2 and digests(out) == digests(tmp_path / "whole")
@@ -219,7 +219,7 @@ def test_two_nodes_survive_a_killed_worker_and_one_that_is_replaced(tmp_path, wo
         for node in (first, second):
             if node.agent.poll() is None:
                 node.lose()
-    assert first.log.read_text().count("going on at epoch") == 2
+    assert first.log.read_text().count("resumed at epoch") == 2
     whole = tmp_path / "whole"
     Node(whole, free_port(), 2 * workers, nodes=1).end()
     assert epochs(out) == epochs(whole) == [str(i) for i in range(1, 41)]
@@ -253,7 +253,7 @@ def test_four_processes_end_with_the_same_weights_wherever_they_are_killed(tmp_p
     os.kill(random.choice(node.workers()), signal.SIGKILL)  # the agent starts all of them again
     progress(out, node.log)
     node.lose()
-    assert re.search(r"going on at epoch \d, step \d0", node.log.read_text())
+    assert re.search(r"resumed at epoch \d, step \d0", node.log.read_text())
     for folder in (out, whole):
         Node(folder, free_port(), 4, *words, nodes=1).end()
     assert digests(out) == digests(whole)

@@ -112,3 +112,14 @@ def test_hessian_estimate_repeats_and_leaves_the_model_alone():
     assert all(np.isfinite(v) and v >= 0 for d in first.values() for v in d.values())
     assert any(v > 0 for d in first.values() for v in d.values())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_capped_start_leaves_no_level_empty():
+    """After range regularization no weight reaches 3 std: under the official start the outer levels stay empty."""
+    w = torch.linspace(-1, 1, 4001)
+    levels = {}
+    for start in ("official", "capped"):
+        quantizer = ewgs.EWGS(2, None, weight_init=start)
+        quantizer.initialise([torch.randn(4, 4001)], w[None], torch.nn.functional.linear)
+        levels[start] = quantizer.encode(w).unique().tolist()
+    assert levels == {"official": [1, 2], "capped": [0, 1, 2, 3]}

@@ -122,7 +122,7 @@ def test_a_dead_worker_ends_the_job_which_can_go_on(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "SIGKILL" in output, output
     output = two(killed).communicate(timeout=300)[0]
-    assert "going on at epoch" in output or "finished, not repeated" in output
+    assert "resumed at epoch" in output or "finished, not repeated" in output
     assert weights(killed) == weights(tmp_path / "whole")
 
 
@@ -217,7 +217,7 @@ def test_a_full_disk_and_one_that_cannot_be_written(tmp_path, whole):
     full, read_only, last = done.stdout.split("status ")[:3]
     assert "pretrain.ckpt (No space left on device); what was saved before is intact" in full, done.stdout
     assert read_only.startswith("2\n") and "(Read-only file system); choose another with out=DIR" in read_only
-    assert last.startswith("2\n") and "pretrain: going on at epoch" in last, done.stdout
+    assert last.startswith("2\n") and "pretrain: resumed at epoch" in last, done.stdout
     assert "Traceback" not in done.stdout and results(keep) == whole
 
 
@@ -339,7 +339,7 @@ def test_a_signal_is_answered_with_a_checkpoint(tmp_path, number):
     began = time.monotonic()
     run.signal(number)
     assert run.wait() == 128 + number and time.monotonic() - began < 10, run.output()
-    assert f"pretrain: stopped by signal {int(number)}; the same command goes on from here" in run.output()
+    assert f"pretrain: stopped by signal {int(number)}; the same command resumes it" in run.output()
     (path,) = tmp_path.glob("pretrained/*/pretrain.ckpt")
     position = store.load(path)["position"]
     again = Run(tmp_path / "again", f"out={tmp_path}", *TINY, "recipe.epochs=400", "checkpoint_seconds=1000")
@@ -347,7 +347,7 @@ def test_a_signal_is_answered_with_a_checkpoint(tmp_path, number):
     wait_for(lambda: "going on" in again.output(), 60)
     again.signal(signal.SIGTERM)
     assert again.wait() == 143
-    assert f"going on at epoch {position['epoch'] + 1}, step {position['step']}" in again.output()
+    assert f"resumed at epoch {position['epoch'] + 1}, step {position['step']}" in again.output()
 
 
 def test_what_cannot_change_a_result_does_not_change_a_run():

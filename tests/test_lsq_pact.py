@@ -167,3 +167,37 @@ def test_bits_by_layer_pattern():
         layer_bits(names, {"fc": 8})
     with pytest.raises(UserError, match="1 to 32"):
         layer_bits(names, {"conv1": 0})
+
+
+def test_one_step_per_output_channel_is_lsq_of_every_channel():
+    torch.manual_seed(0)
+    w = torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    step = (torch.rand(6, 1, 1, 1, dtype=torch.float64) + 0.2).requires_grad_()
+    grad = torch.randn_like(w)
+    lsq.quantize(w, step, -2, 1).backward(grad)
+    for channel in range(6):
+        x, s = (t.detach()[channel].clone().requires_grad_() for t in (w, step))
+        lsq.quantize(x, s.view(()), -2, 1).backward(grad[channel])
+        torch.testing.assert_close(w.grad[channel], x.grad)
+        torch.testing.assert_close(step.grad[channel].view(()), s.grad.view(()))
+
+
+def test_a_step_s_gradient_is_bounded_by_the_step():
+    steps = [torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Parameter(torch.tensor([2.0, -0.1]))]
+    steps.append(torch.nn.Parameter(torch.tensor(1.0)))  # not used in this step
+    steps[0].grad, steps[1].grad = torch.tensor(-15660.0), torch.tensor([0.3, 9.0])
+    lsq.bound_gradients(steps, 0.5)
+    assert steps[0].grad.item() == -0.25 and steps[2].grad is None
+    torch.testing.assert_close(steps[1].grad, torch.tensor([0.3, 0.05]))
+
+
+def test_clips_start_in_the_first_batch_and_have_a_gradient():
+    """A clip above every value gets none: 28 clips that started at 8 ended at 8."""
+    torch.manual_seed(0)
+    for signed in (False, True):
+        x = torch.randn(64, 32) if signed else torch.randn(64, 32).relu()
+        quantizer = pact.PACT(2, 2)
+        quantizer.initialise([x], torch.randn(8, 32), torch.nn.functional.linear)
+        assert 0 < quantizer.alpha < x.abs().max()
+        quantizer.act(x).square().sum().backward()
+        assert quantizer.alpha.grad.abs() > 0

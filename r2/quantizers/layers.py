@@ -89,7 +89,7 @@ class Quantizer(nn.Module):
         Raises:
             UserError: the method has no integers.
         """
-        raise UserError("its method (stage=dkm) has no integers; ewgs, lsq, pact, none, dfq and adaround have")
+        raise UserError("its method has no integers; ewgs, lsq, pact, none, dfq and adaround have")
 
     def activation_grid(self) -> ActivationGrid | None:
         """None where the input is left as it is."""

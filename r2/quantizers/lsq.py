@@ -66,20 +66,20 @@ def _gradients(x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor)
     return torch.where(inside, grad, 0.0), (grad * slope).sum(1)
 
 
-class _Bounded(torch.autograd.Function):
-    """The step itself; its gradient is at most `limit` times its size."""
+@torch.no_grad()
+def bound_gradients(steps: Sequence[nn.Parameter], limit: float) -> None:
+    """Clip every step's gradient to `limit` times the step, between backward and the optimizer's update.
 
-    @staticmethod
-    def forward(ctx, step, limit):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(step)
-        ctx.limit = limit
-        return step.view_as(step)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (step,) = ctx.saved_tensors
-        most = ctx.limit * step.abs()
-        return torch.minimum(torch.maximum(grad, -most), most), None
+    SGD with momentum m then changes a step by at most lr limit / (1 - m) of itself in an update. A layer whose outputs
+    have almost no variance gets gradients of any size through BatchNorm, and one of them would throw its step away.
+    """
+    pairs = [(step.grad, step.abs()) for step in steps if step.grad is not None]
+    if pairs:
+        gradients, most = map(list, zip(*pairs, strict=True))
+        torch._foreach_mul_(most, limit)
+        torch._foreach_minimum_(gradients, most)  # type: ignore[arg-type]
+        torch._foreach_neg_(most)
+        torch._foreach_maximum_(gradients, most)  # type: ignore[arg-type]
 
 
 def bounds(bits: int, signed: bool) -> tuple[int, int]:
@@ -99,19 +99,16 @@ class LSQ(Quantizer):
     Args:
         weight_bits, act_bits: widths; act_bits None leaves the input as it is.
         channels: steps of the weight, one per output channel, or 1.
-        step_limit: the gradient of a step is at most this times the step, so that SGD with momentum m changes it by at
-            most lr step_limit / (1 - m) of itself in an update; None is the official rule. A layer whose outputs have
-            almost no variance gets gradients of any size through BatchNorm, and one of them would throw the step away.
     """
 
     weight_step: nn.Parameter
     act_step: nn.Parameter
     signed: Tensor
 
-    def __init__(self, weight_bits: int, act_bits: int | None, channels: int = 1, step_limit: float | None = None):
+    def __init__(self, weight_bits: int, act_bits: int | None, channels: int = 1):
         super().__init__()
         bounds(weight_bits, signed=True)
-        self.weight_bits, self.act_bits, self.channels, self.step_limit = weight_bits, act_bits, channels, step_limit
+        self.weight_bits, self.act_bits, self.channels = weight_bits, act_bits, channels
         self.weight_step = nn.Parameter(torch.ones(()) if channels == 1 else torch.ones(channels))
         self.act_step = nn.Parameter(torch.ones(()), requires_grad=act_bits is not None)
         self.register_buffer("signed", torch.tensor(0.0))
@@ -135,11 +132,8 @@ class LSQ(Quantizer):
         half = self.signed * 2.0 ** (self.act_bits - 1)
         return -half, 2.0**self.act_bits - 1 - half
 
-    def _step(self, step: Tensor) -> Tensor:
-        return _positive(step if self.step_limit is None else _Bounded.apply(step, self.step_limit))
-
     def _weight_step(self, w: Tensor) -> Tensor:
-        step = self._step(self.weight_step)
+        step = _positive(self.weight_step)
         return step if self.channels == 1 else step.view(-1, *[1] * (w.ndim - 1))
 
     def weight(self, w: Tensor) -> Tensor:
@@ -149,7 +143,7 @@ class LSQ(Quantizer):
         if self.act_bits is None:
             return x
         low, high = (bound.to(x.dtype) for bound in self._act_bounds())
-        return _Quantize.apply(x, self._step(self.act_step), low, high, (x.numel() * high).rsqrt())
+        return _Quantize.apply(x, _positive(self.act_step), low, high, (x.numel() * high).rsqrt())
 
     @torch.no_grad()
     def encode(self, w: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from r2.palettize import Palette, relative_temperature
 from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise, swap
 from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.regularizers import Regularizer
-from r2.stages.stage import Stage
+from r2.stages.stage import Outcome, Stage
 from r2.store import Run
 from r2.train import evaluate, train
 
@@ -52,7 +52,7 @@ class DKM(Stage):
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
-    ) -> tuple[nn.Module, dict]:
+    ) -> tuple[nn.Module, Outcome]:
         recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
         if recipe.sync_bn:
             model = sync_batchnorm(model, run.world)
@@ -67,16 +67,16 @@ class DKM(Stage):
         left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
         shares = {n: layer.quantizer.soft_share(layer.weight) for n, layer in compressed(model).items()}
         soft = {name: round(share, 4) for name, share in shares.items() if share is not None}
-        return model, {
-            "metrics": evaluate(model, data, run.world, recipe),
-            "initial": initial,
-            "sqnr_db": signal_to_noise(model, inputs),
-            "details": {"left_out_weights": left_out, "soft_share": soft},
-            "epochs": self.epochs,
-            "images_per_second": done["images_per_second"],
-            "timing": done["timing"],
-            "seconds": {"cluster": round(clustered - began, 2), "dkm": done["seconds"]},
-        }
+        return model, Outcome(
+            metrics=evaluate(model, data, run.world, recipe),
+            initial=initial,
+            epochs=self.epochs,
+            seconds={"cluster": round(clustered - began, 2), "dkm": done.seconds},
+            images_per_second=done.images_per_second,
+            timing=done.timing,
+            sqnr_db=signal_to_noise(model, inputs),
+            details={"left_out_weights": left_out, "soft_share": soft},
+        )
 
     def cluster(self, model: nn.Module, seed: int) -> None:
         """Give every layer its first centroids."""

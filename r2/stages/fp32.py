@@ -7,7 +7,7 @@ from torch import nn
 from r2.data.batches import Data
 from r2.recipe import Recipe
 from r2.regularizers import Regularizer
-from r2.stages.stage import Stage
+from r2.stages.stage import Outcome, Stage
 from r2.store import Run
 from r2.train import evaluate
 
@@ -18,5 +18,5 @@ class FP32(Stage):
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
-    ) -> tuple[nn.Module, dict]:
-        return model, {"metrics": evaluate(model, data, run.world, recipe), "epochs": 0, "seconds": {}}
+    ) -> tuple[nn.Module, Outcome]:
+        return model, Outcome(evaluate(model, data, run.world, recipe))

@@ -31,7 +31,7 @@ from r2.stages import aimet, bias_correction, simulation
 from r2.stages.aimet import Work
 from r2.stages.constants import fold_constants
 from r2.stages.graph import places
-from r2.stages.stage import Stage
+from r2.stages.stage import Outcome, Stage
 from r2.store import Run
 from r2.train import evaluate
 
@@ -78,16 +78,19 @@ class PTQ(Stage):
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
-    ) -> tuple[nn.Module, dict]:
-        exact = replace(recipe, precision="fp32")  # autocast would move values off their grids
-        initial = evaluate(model, data, run.world, exact)
+    ) -> tuple[nn.Module, Outcome]:
+        initial = evaluate(model, data, run.world, recipe)
         calibration = data.calibration(self.calibration_batch_size, run.seed)
         batches = [x[y != IGNORED] for x, y in calibration]  # type: ignore[index]  # images: `check` refuses text
         done = apart(self.compress, model, batches, run)
-        quantized = done.pop("model")
-        metrics = evaluate(quantized, data, run.world, exact)
-        sqnr = signal_to_noise(quantized, batches[0], done.pop("originals"))
-        return quantized, {"metrics": metrics, "initial": initial, "sqnr_db": sqnr, "epochs": 0, **done}
+        quantized = done["model"]
+        return quantized, Outcome(
+            metrics=evaluate(quantized, data, run.world, recipe),
+            initial=initial,
+            seconds=done["seconds"],
+            sqnr_db=signal_to_noise(quantized, batches[0], done["originals"]),
+            details=done["details"],
+        )
 
     def compress(self, model: nn.Module, batches: list[Tensor], directory: Path, key: str, seed: int) -> dict[str, Any]:
         """Quantize a copy of `model`, outside any process group.

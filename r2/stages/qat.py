@@ -5,6 +5,7 @@ last part), PACT from scratch with it (section 4.2.2).
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from r2.quantizers.layers import (
 )
 from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.regularizers import Regularizer
-from r2.stages.stage import Stage
+from r2.stages.stage import Outcome, Stage
 from r2.store import Run
 from r2.train import evaluate, train
 
@@ -75,9 +76,13 @@ class QAT(Stage):
     ) -> Callable[[int], None] | None:
         return None
 
+    def before_update(self, parameters: list[nn.Parameter]) -> Callable[[], None] | None:
+        """What is done to the gradients of the quantizers' `parameters` before each update."""
+        return None
+
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
-    ) -> tuple[nn.Module, dict]:
+    ) -> tuple[nn.Module, Outcome]:
         name = type(self).__name__.lower()
         if not self.from_scratch:
             recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
@@ -97,27 +102,29 @@ class QAT(Stage):
         calibrate(model, layers, images)
         initial = evaluate(model, data, run.world, recipe)
         calibrated = time.monotonic()
+        parameters = quantizer_parameters(layers)
         done = train(
             model,
             data,
             recipe,
             run,
             name,
-            self.optimizers(model, quantizer_parameters(layers), recipe, regularizer if self.from_scratch else None),
+            self.optimizers(model, parameters, recipe, regularizer if self.from_scratch else None),
             regularizer if self.from_scratch else None,
             before_epoch=self.before_epoch(model, layers, data, run),
+            before_update=self.before_update(parameters),
             batchnorm=self.batchnorm,
             keys="recipe" if self.from_scratch else "stage",
         )
-        return model, {
-            "metrics": evaluate(model, data, run.world, recipe),
-            "initial": initial,
-            "sqnr_db": signal_to_noise(model, images),
-            "epochs": recipe.epochs,
-            "images_per_second": done["images_per_second"],
-            "timing": done["timing"],
-            "seconds": {"calibrate": round(calibrated - began, 2), name: done["seconds"]},
-        }
+        return model, Outcome(
+            metrics=evaluate(model, data, run.world, recipe),
+            initial=initial,
+            epochs=recipe.epochs,
+            seconds={"calibrate": round(calibrated - began, 2), name: done.seconds},
+            images_per_second=done.images_per_second,
+            timing=done.timing,
+            sqnr_db=signal_to_noise(model, images),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +186,10 @@ class LSQ(QAT):
             lsq.bounds(bits, signed=True)
 
     def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
-        return lsq.LSQ(weight_bits, act_bits, channels if self.granularity == "channel" else 1, self.step_limit)
+        return lsq.LSQ(weight_bits, act_bits, channels if self.granularity == "channel" else 1)
+
+    def before_update(self, parameters: list[nn.Parameter]) -> Callable[[], None] | None:
+        return None if self.step_limit is None else partial(lsq.bound_gradients, parameters, self.step_limit)
 
 
 @dataclass(frozen=True, kw_only=True)

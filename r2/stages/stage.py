@@ -1,5 +1,9 @@
 """What an experiment asks of a stage. A stage is a frozen dataclass whose fields are its config keys."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 from torch import nn
 
 from r2.config import UserError
@@ -10,20 +14,50 @@ from r2.regularizers import Regularizer
 from r2.store import Run
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage has made of a model, and what its record says of that.
+
+    Attributes:
+        metrics, initial: of the compressed model, and of the one that the stage began to train.
+        epochs: of the stage's own training.
+        seconds: by phase.
+        sqnr_db: per layer, the signal-to-quantization-noise ratio of its output.
+        details: what else the method tells.
+    """
+
+    metrics: dict[str, float]
+    initial: dict[str, float] | None = None
+    epochs: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    images_per_second: float | None = None
+    timing: dict[str, float] | None = None
+    sqnr_db: dict[str, float] | None = None
+    details: dict[str, Any] | None = None
+
+
 class Stage:
     """Takes a trained model to a compressed one.
 
     Attributes:
         from_scratch: the stage trains the untrained model itself, with the regularizer active.
+        weight_bits, act_bits, dim: None where the stage has no such width.
+        layer_bits: widths by layer name pattern.
+        skip_first_last: these two layers stay as they are.
     """
 
-    from_scratch = False
+    from_scratch: bool = False
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    dim: int | None = None
+    layer_bits: Mapping[str, int] | None = None
+    skip_first_last: bool = False
 
     def axes(self) -> dict:
         """The columns that tell this stage's records apart."""
-        layers = "excl_first_last" if getattr(self, "skip_first_last", False) else "all"
-        widths = {name: getattr(self, name, None) for name in ("weight_bits", "act_bits", "dim")}
-        return {**widths, "quantized_layers": layers if widths["weight_bits"] else None}
+        layers = "excl_first_last" if self.skip_first_last else "all"
+        widths = {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "dim": self.dim}
+        return {**widths, "quantized_layers": layers if self.weight_bits else None}
 
     def check(self, model: nn.Module) -> None:
         """Refuse, before any training, what does not fit the model (built without values).
@@ -31,21 +65,17 @@ class Stage:
         Raises:
             UserError: a key and what may stand there.
         """
-        layers = quantizable(model, getattr(self, "skip_first_last", False))
-        layer_bits(list(layers), getattr(self, "layer_bits", None))
-        if hasattr(self, "act_bits") and any(isinstance(m, nn.Embedding) for m in model.modules()):
+        layers = quantizable(model, self.skip_first_last)
+        layer_bits(list(layers), self.layer_bits)
+        if self.act_bits is not None and any(isinstance(m, nn.Embedding) for m in model.modules()):
             raise UserError("stage: it quantizes what layers read, and an embedding reads token numbers; use stage=dkm")
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
-    ) -> tuple[nn.Module, dict]:
+    ) -> tuple[nn.Module, Outcome]:
         """Compress `model`, which may be changed.
 
         Args:
             regularizer: of `model`, for a stage that trains from scratch.
-
-        Returns:
-            the compressed model and what its record says of it: `metrics`, `initial` (metrics before), `epochs`,
-            `seconds` by phase, and what else the stage knows.
         """
         raise NotImplementedError
