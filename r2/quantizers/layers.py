@@ -266,6 +266,16 @@ def compressed(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def levels_in_use(layers: Mapping[str, Any]) -> dict[str, int]:
+    """Per compressed layer, how many of its 2^bits levels hold at least a thousandth of the weights."""
+    found = {}
+    for name, layer in layers.items():
+        counts = layer.quantizer.encode(layer.weight).flatten().unique(return_counts=True)[1]
+        found[name] = int((counts * 1000 >= counts.sum()).sum())
+    return found
+
+
+@torch.no_grad()
 def signal_to_noise(model: nn.Module, batch: Inputs, originals: Mapping[str, Tensor] | None = None) -> dict[str, float]:
     """Per compressed layer, the signal-to-quantization-noise ratio of its output in dB, its input being the same.
 

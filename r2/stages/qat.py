@@ -21,6 +21,7 @@ from r2.quantizers.layers import (
     Quantizer,
     calibrate,
     layer_bits,
+    levels_in_use,
     quantizable,
     quantizer_parameters,
     signal_to_noise,
@@ -101,6 +102,7 @@ class QAT(Stage):
         images, _ = next(data.calibration(recipe.batch_size, run.seed))
         calibrate(model, layers, images)
         initial = evaluate(model, data, run.world, recipe)
+        at_start = levels_in_use(layers)
         calibrated = time.monotonic()
         parameters = quantizer_parameters(layers)
         done = train(
@@ -124,6 +126,7 @@ class QAT(Stage):
             images_per_second=done.images_per_second,
             timing=done.timing,
             sqnr_db=signal_to_noise(model, images),
+            details={"levels_in_use": {"start": at_start, "end": levels_in_use(layers)}},
         )
 
 

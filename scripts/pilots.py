@@ -1,0 +1,35 @@
+"""The pilots' table: top-1 by method and setting, mean and range over seeds, as Markdown.
+
+python scripts/pilots.py outputs/pilots
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from r2 import record
+
+SETTINGS = ("fold_constant", "weight_init", "temperature_mode", "step_limit", "alpha")
+
+
+def main(folder: Path) -> None:
+    cells: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for found in record.find(folder):
+        axes, stage = found["axes"], found["config"]["stage"]
+        name = f"{axes['stage']} {axes['weight_bits']} bit" if axes["weight_bits"] else axes["stage"]
+        setting = ", ".join(f"{key}={stage[key]}" for key in SETTINGS if key in stage)
+        cells[name, setting][axes["reg"]].append(found["metrics"]["top1"])
+        if found["fp32"]:
+            full = cells["full precision", ""][axes["reg"]]
+            if found["fp32"]["top1"] not in full:
+                full.append(found["fp32"]["top1"])
+    regs = sorted({reg for row in cells.values() for reg in row})
+    print(f"| method | setting | {' | '.join(regs)} |\n|---|---|{'---|' * len(regs)}")
+    for (name, setting), row in sorted(cells.items()):
+        values = [row[reg] for reg in regs]
+        shown = [f"{sum(v) / len(v):.1f} ({min(v):.1f} to {max(v):.1f}; {len(v)})" if v else "-" for v in values]
+        print(f"| {name} | {setting} | {' | '.join(shown)} |")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
