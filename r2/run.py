@@ -35,6 +35,7 @@ def experiment(config: dict, world: "World") -> dict:
     from r2 import console, pack, record, store
     from r2.pretrain import pretrain, untrained
     from r2.trackers import Tracker
+    from r2.train import check_batches
 
     stage, recipe = build(config["stage"]), build(config["recipe"])
     columns = axes(config, stage)
@@ -55,7 +56,9 @@ def experiment(config: dict, world: "World") -> dict:
                 tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
                 run.log = tracker.log
                 with torch.device("meta"):
-                    stage.check(build(config["model"], num_classes=data.num_classes))
+                    shape = build(config["model"], num_classes=data.num_classes)
+                stage.check(shape, data.calibration_images)
+                check_batches(config["stage"], recipe, world, shape)
                 beginning = untrained if stage.from_scratch else pretrain
                 model, pretrained = beginning(config, data, recipe, world, tracker)
                 model, outcome = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -66,7 +66,7 @@ def train(
         SystemExit: stopped by a signal, after writing a checkpoint.
     """
     world, device = run.world, run.world.device
-    check_batch(recipe, world, phase)
+    check_batch(recipe, world, phase, model)
     steps = data.steps(recipe.batch_size)
     total, warmup = steps * recipe.epochs, round(steps * recipe.warmup_epochs)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -134,10 +134,21 @@ def _freeze_batchnorm(model: nn.Module) -> None:
             module.eval()
 
 
-def check_batch(recipe: Recipe, world: World, phase: str) -> None:
+def check_batches(stage: dict, recipe: Recipe, world: World, model: nn.Module) -> None:
+    """Of pretraining and of a stage's own training, by its config, before either.
+
+    Raises:
+        UserError: as `check_batch`.
+    """
+    check_batch(recipe, world, "recipe", model)
+    if stage.get("epochs") and not stage.get("from_scratch"):
+        check_batch(replace(recipe, batch_size=stage["batch_size"]), world, "stage", model)
+
+
+def check_batch(recipe: Recipe, world: World, phase: str, model: nn.Module) -> None:
     """
     Raises:
-        UserError: a step's batch cannot be shared out evenly.
+        UserError: a step's batch cannot be shared out evenly, or leaves BatchNorm one image, which has no variance.
     """
     parts = world.size * recipe.accumulate
     if recipe.batch_size % parts:
@@ -145,6 +156,15 @@ def check_batch(recipe: Recipe, world: World, phase: str) -> None:
             f"{phase}: batch_size={recipe.batch_size} does not divide by {world.size} devices x "
             f"{recipe.accumulate} micro-batches"
         )
+    if recipe.batch_size == parts and has_batchnorm(model):
+        raise UserError(
+            f"{phase}: batch_size={recipe.batch_size} leaves one image to each of {world.size} devices x "
+            f"{recipe.accumulate} micro-batches, and BatchNorm has no variance over one; use a larger batch_size"
+        )
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def _autocast(recipe: Recipe, device: torch.device) -> Callable[[], Any]:

@@ -100,7 +100,7 @@ def test_places(name, layers, outputs):
 
 def test_what_aimet_would_leave_out_silently_is_refused():
     with torch.device("meta"), pytest.raises(UserError, match="'i?add' .* is computed outside a module"):
-        Nearest(**COMMON).check(torchvision.models.resnet18())
+        Nearest(**COMMON).check(torchvision.models.resnet18(), 8)
     relu = nn.ReLU()
     with pytest.raises(UserError, match="1: is used twice"):
         places(nn.Sequential(nn.Conv2d(3, 4, 1), relu, nn.Conv2d(4, 4, 1), relu))

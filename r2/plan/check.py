@@ -25,8 +25,7 @@ from r2.identity import Identity
 from r2.plan import cost
 from r2.plan.cells import Cell, cell_of
 from r2.recipe import Recipe
-from r2.stages.stage import Stage
-from r2.train import check_batch
+from r2.train import check_batches
 
 # Models that lie on the disk at the same time, at most: three checkpoints of the stage (the last, the one before, the
 # one being written) of a model and two moments each, the pretrained and the final model, and the compressed file.
@@ -53,7 +52,8 @@ def check(config: dict) -> None:
     with noting():
         world = replace(world, size=int(os.environ.get("WORLD_SIZE", 0)) or device_count(config["devices"]))
         say(f"devices: {world.size} x {_device_name(world.device)}")
-        _check_batches(cell, stage, recipe, world)
+        with torch.device("meta"):
+            check_batches(config["stage"], recipe, world, build(config["model"], num_classes=classes))
         say(f"memory: {_memory(config, recipe, world)}")
     with noting():
         data = build(config["data"]).to(world)
@@ -66,7 +66,7 @@ def check(config: dict) -> None:
     with noting():
         with torch.device("meta"):
             model = build(config["model"], num_classes=classes)
-        stage.check(model)
+        stage.check(model, config["data"].get("calibration_images", 0))
         say(f"disk: {_room(Path(config['out']), model)}")
     say(f"compiler: {_compiler(world.device)}")
     with noting():
@@ -91,12 +91,6 @@ def _device_name(device: torch.device) -> str:
         return f"CPU process of {os.cpu_count()} cores"
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
     return f"{torch.cuda.get_device_name(device)}, {free:.0f} of {total:.0f} GiB free"
-
-
-def _check_batches(cell: Cell, stage: Stage, recipe: Recipe, world: World) -> None:
-    check_batch(recipe, world, "recipe")
-    if cell.config["stage"].get("epochs") and not stage.from_scratch:
-        check_batch(replace(recipe, batch_size=cell.config["stage"]["batch_size"]), world, "stage")
 
 
 def _memory(config: dict, recipe: Recipe, world: World) -> str:

@@ -72,8 +72,8 @@ class PTQ(Stage):
         if not 50 <= self.percentile <= 100:
             raise UserError(f"stage.percentile={self.percentile}: choose 50 to 100")
 
-    def check(self, model: nn.Module) -> None:
-        super().check(model)
+    def check(self, model: nn.Module, calibration_images: int) -> None:
+        super().check(model, calibration_images)
         places(model, self._left_out(model))
 
     def __call__(

@@ -31,7 +31,7 @@ from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.regularizers import Regularizer
 from r2.stages.stage import Outcome, Stage
 from r2.store import Run
-from r2.train import evaluate, train
+from r2.train import evaluate, has_batchnorm, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,12 @@ class QAT(Stage):
     quantizer_lr: Positive
     weight_decay: NonNegative
     clip_norm: Positive | None
+
+    def check(self, model: nn.Module, calibration_images: int) -> None:
+        super().check(model, calibration_images)
+        if calibration_images == 1 and has_batchnorm(model):
+            raise UserError("data.calibration_images=1: quantizers are calibrated over a batch, and BatchNorm has no "
+                            "variance over one image; use 2 or more")  # fmt: skip
 
     def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
         """A new quantizer of one layer of `channels` outputs."""
@@ -163,7 +169,8 @@ class EWGS(QAT):
             if epoch == 0 or epoch % self.hessian_interval:
                 return
             batches = data.calibration(self.hessian_batch_size, run.seed, epoch)
-            some = (batch for _, batch in zip(range(self.hessian_batches), batches, strict=False))
+            several = (batch for batch in batches if len(batch[1]) > 1)  # BatchNorm has no variance over one image
+            some = (batch for _, batch in zip(range(self.hessian_batches), several, strict=False))
             scales = gradient_scales(model, layers, some, self.hessian_probes, run.seed + epoch)
             for name, found in scales.items():
                 for kind, value in found.items():

@@ -59,7 +59,7 @@ class Stage:
         widths = {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "dim": self.dim}
         return {**widths, "quantized_layers": layers if self.weight_bits else None}
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, calibration_images: int) -> None:
         """Refuse, before any training, what does not fit the model (built without values).
 
         Raises:
