@@ -37,11 +37,13 @@ def durations(run):
     return found
 
 
-def test_fifty_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize("model", ["mbv1", "mbv2"])  # the second has dropout, residuals and signed inputs
+def test_fifty_kills_change_nothing(model, tmp_path):
+    tiny = [f"model={model}" if word.startswith("model=") else word for word in TINY]
     random_ = random.Random(0)
     seconds = {}
     for words in (EWGS, NEAREST, ADAROUND, DKM):
-        whole = Run(tmp_path / "whole.log", f"out={tmp_path / 'whole'}", *TINY, *words)
+        whole = Run(tmp_path / "whole.log", f"out={tmp_path / 'whole'}", *tiny, *words)
         assert whole.wait() == 0, whole.output()
         seconds |= durations(whole)
     assert seconds.keys() == PHASES.keys()
@@ -49,7 +51,7 @@ def test_fifty_kills_change_nothing(tmp_path):
     out, log = tmp_path / "killed", tmp_path / "killed.log"
 
     def start(words):
-        return Run(log, f"out={out}", *TINY, *words, "force=true")  # a run that was not hit in time begins anew
+        return Run(log, f"out={out}", *tiny, *words, "force=true")  # a run that was not hit in time begins anew
 
     kills, hits = 0, dict.fromkeys(PHASES, 0)
     for phase, words, count in PLAN:
