@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -13,30 +13,11 @@ from r2.data.batches import Data
 from r2.dist import World, sync_batchnorm
 from r2.identity import of_pretraining
 from r2.recipe import Recipe, optimizer_of
+from r2.record import Pretrained
 from r2.regularizers import describe
 from r2.store import Run
 from r2.trackers import Tracker
 from r2.train import evaluate, train
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What is known of the model that a stage starts from.
-
-    Attributes:
-        weights, weights_initial: per layer, range, size, deviation and kurtosis, after pretraining and before.
-        metrics, sha256, images_per_second, timing: None of a model that has not been trained.
-        skipped_images: that could not be decoded.
-    """
-
-    weights: dict[str, dict[str, float]]
-    weights_initial: dict[str, dict[str, float]]
-    metrics: dict[str, float] | None = None
-    seconds: float = 0.0
-    images_per_second: float | None = None
-    timing: dict[str, float] | None = None
-    sha256: str | None = None
-    skipped_images: int = 0
 
 
 def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, Pretrained]:

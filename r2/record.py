@@ -7,19 +7,58 @@ import math
 import platform
 import shlex
 import subprocess
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from r2.config import UserError
 from r2.paths import REPOSITORY
 
-if TYPE_CHECKING:
-    from r2.pretrain import Pretrained
-    from r2.stages.stage import Outcome
-
 SCHEMA = 2
 _PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn", "transformers")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What is known of the model that a stage starts from.
+
+    Attributes:
+        weights, weights_initial: per layer, range, size, deviation and kurtosis, after pretraining and before.
+        metrics, sha256, images_per_second, timing: None of a model that has not been trained.
+        skipped_images: that could not be decoded.
+    """
+
+    weights: dict[str, dict[str, float]]
+    weights_initial: dict[str, dict[str, float]]
+    metrics: dict[str, float] | None = None
+    seconds: float = 0.0
+    images_per_second: float | None = None
+    timing: dict[str, float] | None = None
+    sha256: str | None = None
+    skipped_images: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage has made of a model, and what its record says of that.
+
+    Attributes:
+        metrics, initial: of the compressed model, and of the one that the stage began to train.
+        epochs: of the stage's own training.
+        seconds: by phase.
+        sqnr_db: per layer, the signal-to-quantization-noise ratio of its output.
+        details: what else the method tells.
+    """
+
+    metrics: dict[str, float]
+    initial: dict[str, float] | None = None
+    epochs: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    images_per_second: float | None = None
+    timing: dict[str, float] | None = None
+    sqnr_db: dict[str, float] | None = None
+    details: dict[str, Any] | None = None
 
 
 def weights_summary(weights: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -137,9 +176,9 @@ def make(
     config: dict,
     axes: dict,
     directory: Path,
-    pretrained: "Pretrained",
+    pretrained: Pretrained,
     model: Any,
-    outcome: "Outcome",
+    outcome: Outcome,
     data: Any,
     world: Any,
 ) -> dict:
@@ -195,7 +234,7 @@ def make(
     return {**found, "digest": digest(found)}
 
 
-def _details(outcome: "Outcome") -> dict | None:
+def _details(outcome: Outcome) -> dict | None:
     """What the method tells, and the layers whose output is mostly noise: no accuracy should rest on those."""
     lost = [name for name, ratio in (outcome.sqnr_db or {}).items() if not ratio >= 1.0]
     return {**(outcome.details or {}), "below_1_db": lost} if lost else outcome.details

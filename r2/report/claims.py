@@ -6,6 +6,7 @@ averaged, and so are its columns. Models are averaged within a seed; the interva
 
 import math
 from collections.abc import Iterable
+from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 from scipy.stats import t as student
@@ -106,10 +107,9 @@ def interval(effects: list[float]) -> tuple[float, float] | None:
     """Student's confidence interval of the mean; None with fewer than two values."""
     if len(effects) < 2:
         return None
-    mean = sum(effects) / len(effects)
-    variance = sum((e - mean) ** 2 for e in effects) / (len(effects) - 1)
-    half = float(student.ppf((1 + CONFIDENCE) / 2, len(effects) - 1)) * math.sqrt(variance / len(effects))
-    return mean - half, mean + half
+    error = stdev(effects) / math.sqrt(len(effects))
+    half = float(student.ppf((1 + CONFIDENCE) / 2, len(effects) - 1)) * error
+    return fmean(effects) - half, fmean(effects) + half
 
 
 def verdict(claim: Claim, found: tuple[float, float] | None) -> Literal["holds", "does not hold", "undecided"]:

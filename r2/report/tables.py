@@ -6,9 +6,9 @@ Under any smaller study the paper's table is printed apart, with its own title.
 
 import csv
 import io
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 from r2.config import UserError
@@ -157,9 +157,7 @@ def paper(number: str) -> dict[tuple[Row, Column], float]:
 def statistics(values: Iterable[float]) -> tuple[float, float, int]:
     """Mean, standard deviation (unbiased; 0 for one value) and count."""
     listed = list(values)
-    mean = sum(listed) / len(listed)
-    variance = sum((v - mean) ** 2 for v in listed) / max(1, len(listed) - 1)
-    return mean, math.sqrt(variance), len(listed)
+    return fmean(listed), stdev(listed) if len(listed) > 1 else 0.0, len(listed)
 
 
 def text(by_seed: dict[int, float] | None, of_paper: float | None = None) -> str:

@@ -12,8 +12,9 @@ from r2.dist import sync_batchnorm
 from r2.palettize import Palette, relative_temperature
 from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise, swap
 from r2.recipe import Recipe, finetuning, optimizer_of
+from r2.record import Outcome
 from r2.regularizers import Regularizer
-from r2.stages.stage import Outcome, Stage
+from r2.stages.stage import Stage
 from r2.store import Run
 from r2.train import evaluate, train
 

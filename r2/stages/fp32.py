@@ -6,8 +6,9 @@ from torch import nn
 
 from r2.data.batches import Data
 from r2.recipe import Recipe
+from r2.record import Outcome
 from r2.regularizers import Regularizer
-from r2.stages.stage import Outcome, Stage
+from r2.stages.stage import Stage
 from r2.store import Run
 from r2.train import evaluate
 

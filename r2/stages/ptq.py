@@ -26,12 +26,13 @@ from r2.data.batches import IGNORED, Data
 from r2.dist import end_with_parent
 from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise
 from r2.recipe import Recipe
+from r2.record import Outcome
 from r2.regularizers import Regularizer
 from r2.stages import aimet, bias_correction, simulation
 from r2.stages.aimet import Work
 from r2.stages.constants import fold_constants
 from r2.stages.graph import places
-from r2.stages.stage import Outcome, Stage
+from r2.stages.stage import Stage
 from r2.store import Run
 from r2.train import evaluate
 

@@ -28,8 +28,9 @@ from r2.quantizers.layers import (
     swap,
 )
 from r2.recipe import Recipe, finetuning, optimizer_of
+from r2.record import Outcome
 from r2.regularizers import Regularizer
-from r2.stages.stage import Outcome, Stage
+from r2.stages.stage import Stage
 from r2.store import Run
 from r2.train import evaluate, has_batchnorm, train
 

@@ -1,8 +1,6 @@
 """What an experiment asks of a stage. A stage is a frozen dataclass whose fields are its config keys."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -10,30 +8,9 @@ from r2.config import UserError
 from r2.data.batches import Data
 from r2.quantizers.layers import layer_bits, quantizable
 from r2.recipe import Recipe
+from r2.record import Outcome
 from r2.regularizers import Regularizer
 from r2.store import Run
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a stage has made of a model, and what its record says of that.
-
-    Attributes:
-        metrics, initial: of the compressed model, and of the one that the stage began to train.
-        epochs: of the stage's own training.
-        seconds: by phase.
-        sqnr_db: per layer, the signal-to-quantization-noise ratio of its output.
-        details: what else the method tells.
-    """
-
-    metrics: dict[str, float]
-    initial: dict[str, float] | None = None
-    epochs: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    images_per_second: float | None = None
-    timing: dict[str, float] | None = None
-    sqnr_db: dict[str, float] | None = None
-    details: dict[str, Any] | None = None
 
 
 class Stage:
