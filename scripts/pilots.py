@@ -1,4 +1,4 @@
-"""The pilots' table: top-1 by method and setting, mean and range over seeds, as Markdown.
+"""The pilots' table: top-1 by network, method and setting, mean and range over seeds, and the lowest SQNR, as Markdown.
 
 python scripts/pilots.py outputs/pilots
 """
@@ -14,21 +14,26 @@ SETTINGS = ("fold_constant", "weight_init", "temperature_mode", "step_limit", "a
 
 def main(folder: Path) -> None:
     cells: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    lowest: dict[tuple[str, str], float] = {}
     for found in record.find(folder):
         axes, stage = found["axes"], found["config"]["stage"]
-        name = f"{axes['stage']} {axes['weight_bits']} bit" if axes["weight_bits"] else axes["stage"]
+        name = f"{axes['model']} {axes['stage']}" + (f" {axes['weight_bits']} bit" if axes["weight_bits"] else "")
         setting = ", ".join(f"{key}={stage[key]}" for key in SETTINGS if key in stage)
         cells[name, setting][axes["reg"]].append(found["metrics"]["top1"])
+        if found["sqnr_db"]:
+            worst = min(value if value is not None else float("-inf") for value in found["sqnr_db"].values())
+            lowest[name, setting] = min(worst, lowest.get((name, setting), float("inf")))
         if found["fp32"]:
-            full = cells["full precision", ""][axes["reg"]]
+            full = cells[f"{axes['model']} full precision", ""][axes["reg"]]
             if found["fp32"]["top1"] not in full:
                 full.append(found["fp32"]["top1"])
     regs = sorted({reg for row in cells.values() for reg in row})
-    print(f"| method | setting | {' | '.join(regs)} |\n|---|---|{'---|' * len(regs)}")
+    print(f"| method | setting | {' | '.join(regs)} | lowest SQNR, dB |\n|---|---|{'---|' * (len(regs) + 1)}")
     for (name, setting), row in sorted(cells.items()):
         values = [row[reg] for reg in regs]
         shown = [f"{sum(v) / len(v):.1f} ({min(v):.1f} to {max(v):.1f}; {len(v)})" if v else "-" for v in values]
-        print(f"| {name} | {setting} | {' | '.join(shown)} |")
+        worst = f"{lowest[name, setting]:.1f}" if (name, setting) in lowest else "-"
+        print(f"| {name} | {setting} | {' | '.join(shown)} | {worst} |")
 
 
 if __name__ == "__main__":
