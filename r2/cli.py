@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from r2.compose import COMPOSE_ERRORS, check_sweep, one_line, resolve, sweep_words, words_of
+from r2.compose import COMPOSE_ERRORS, check_sweep, one_line, resolve, sweep_words, sweeps, words_of
 from r2.config import UserError, last_line
 from r2.paths import CONFIGS
 
@@ -47,16 +47,17 @@ class JobFailed(Exception):
     """A job has failed and said why."""
 
 
-def main(start: Callable[[dict], Any]) -> None:
+def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None]) -> None:
     """Compose what `start` is called with, under Hydra: one run, or the jobs of a sweep.
 
     Exits with 2 on a user's mistake, 1 on a failure, 128 + the signal when stopped but resumable.
 
     Args:
         start: of a module that other processes can import.
+        ready: refuses the configs of a sweep whose jobs would all meet the same obstacle; called once.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach this function
-    sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
+    sweep = False
     failures: list[str] = []  # of the jobs that ran in this process
 
     def job(cfg: DictConfig) -> Any:
@@ -76,13 +77,19 @@ def main(start: Callable[[dict], Any]) -> None:
 
     with refusals():
         sys.argv[1:] = words_of(sys.argv[1:])
+        try:
+            sweep = sweeps(sys.argv[1:])
+        except COMPOSE_ERRORS as error:
+            raise UserError(one_line(error)) from None
         if sweep:  # Hydra knows the flag only in front of the keys
             sys.argv[1:] = ["-m", *sweep_words([a for a in sys.argv[1:] if a not in ("-m", "--multirun")])]
         if any("_target_" in word and word.lstrip("+").startswith("hydra") for word in sys.argv[1:]):
             raise UserError("hydra's own _target_ is not the command line's to change")
         try:
             if sweep and not any(argument.startswith("--") for argument in sys.argv[1:]):  # --help, --cfg, ...
-                check_sweep(sys.argv[2:])
+                configs = check_sweep(sys.argv[2:])
+                if not any(word.startswith("hydra/launcher=") for word in sys.argv[1:]):  # else: on other machines
+                    ready(configs)
             hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(job)()
         except (JobRefused, JobFailed) as end:
             _tell(failures if sweep else [])

@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -172,17 +173,29 @@ def sweep_words(words: list[str]) -> list[str]:
     ]
 
 
-def check_sweep(words: list[str]) -> None:
+def sweeps(words: list[str]) -> bool:
+    """Whether the words make a sweep: by -m, or by an experiment that sweeps by itself."""
+    chosen = [word for word in words if word.startswith("experiment=") and "," not in word]
+    if "-m" in words or "--multirun" in words or not chosen:
+        return "-m" in words or "--multirun" in words
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose("config", chosen, return_hydra_config=True).hydra.mode == RunMode.MULTIRUN
+
+
+def check_sweep(words: list[str]) -> list[dict]:
     """Compose and check every job of a sweep, before the first one starts.
 
     Raises:
         UserError: a value that a job does not take.
     """
+    configs = []
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         fixed = [word for of_key in grid(words).values() for word in of_key if word in words]
         experiment = hydra.compose("config", fixed, return_hydra_config=True).hydra.sweeper.params or {}
         for job in itertools.product(*grid([*(f"{k}={v}" for k, v in experiment.items()), *words]).values()):
-            build(composed(job)["stage"])
+            configs.append(composed(job))
+            build(configs[-1]["stage"])
+    return configs
 
 
 def composed(overrides: Iterable[str]) -> dict:

@@ -96,6 +96,7 @@ def reproduce(request: Request) -> int:
     from r2 import record
     from r2.plan import cost
     from r2.plan.cells import cells as planned
+    from r2.plan.check import ready
     from r2.report import page
 
     cells = planned(request.experiments, request.overrides)
@@ -110,6 +111,7 @@ def reproduce(request: Request) -> int:
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]
     print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)
+    ready(cell.config for cell in missing)
     reasons = run_all(missing, request.jobs, visible_gpus())
     failed = [cell for cell in missing if not (cell.directory / "record.json").exists()]
     for cell in failed:

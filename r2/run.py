@@ -28,6 +28,13 @@ def start(config: dict) -> dict | None:
     return launch(experiment, config)
 
 
+def ready(configs: list[dict]) -> None:
+    """Refuse runs that would all meet the same obstacle, before the first one starts."""
+    from r2.plan.check import ready
+
+    ready(configs)
+
+
 def experiment(config: dict, world: "World") -> dict:
     """The whole experiment on one rank; returns the record."""
     import torch
@@ -75,4 +82,4 @@ def experiment(config: dict, world: "World") -> dict:
 if __name__ == "__main__":
     import r2.run  # as a module, whose functions other processes can import
 
-    cli.main(r2.run.start)
+    cli.main(r2.run.start, r2.run.ready)

@@ -5,11 +5,12 @@ python -m r2.run data=imagenet model=rn18 devices=8 check=true
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,22 @@ def check(config: dict) -> None:
     if problems:
         raise UserError(f"the run would not start: {len(problems)} problem{'s' * (len(problems) > 1)}, see above")
     say("the run would start")
+
+
+def ready(configs: Iterable[dict]) -> None:
+    """Look once for each data set and number of devices that the unfinished ones of many runs need; nothing is written.
+
+    Raises:
+        UserError: the first that is not there.
+    """
+    missing = [config for config in configs if not config["check"] and not cell_of(config).finished(None)]
+    for config in {
+        json.dumps([config["data"], config["devices"]], sort_keys=True): config for config in missing
+    }.values():
+        if not os.environ.get("WORLD_SIZE"):
+            device_count(config["devices"])
+        with contextlib.closing(build(config["data"])):
+            pass
 
 
 def _device() -> torch.device:
