@@ -108,7 +108,7 @@ def test_a_mistake_ends_the_program_with_2(r2):
 
 def test_help_and_config_do_not_import_torch(tmp_path):
     code = (
-        "import sys; sys.argv[1:] = ['--cfg', 'job']; from r2 import cli; import r2.run; cli.main(r2.run.start, r2.run.ready); "
+        "import sys; sys.argv[1:] = ['--cfg', 'job']; import r2.run; r2.run.cli.main(r2.run.start, r2.run.ready); "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=ENV)
@@ -176,3 +176,19 @@ def test_every_job_of_a_sweep_is_checked_before_the_first(r2, words, expected):
 def test_a_swept_group_takes_a_key_that_the_default_lacks(r2):
     done = r2("-m", *SMALL, "stage=none,dfq", "stage.percentile=200")
     assert "stage.percentile=200" in done.stderr and "unknown" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["r2.run", "-m", "experiment=table3"],
+        ["r2.run", "experiment=table3"],
+        ["r2.reproduce", "table=3", "seeds=0,1,2"],
+    ],
+)
+def test_missing_data_is_met_once_and_leaves_nothing(words, tmp_path):
+    """Met run by run, it would be told 24 to 72 times, and leave as many folders."""
+    command = [sys.executable, "-m", *words, "data=imagenet", f"data.root={tmp_path / 'none'}", "out=out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "data.root=" in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
