@@ -47,7 +47,7 @@ class JobFailed(Exception):
     """A job has failed and said why."""
 
 
-def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None]) -> None:
+def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None], compare: Callable) -> None:
     """Compose what `start` is called with, under Hydra: one run, or the jobs of a sweep.
 
     Exits with 2 on a user's mistake, 1 on a failure, 128 + the signal when stopped but resumable.
@@ -55,16 +55,19 @@ def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None]) -> N
     Args:
         start: of a module that other processes can import.
         ready: refuses the configs of a sweep whose jobs would all meet the same obstacle; called once.
+        compare: gets what the jobs of a sweep have returned, at its end.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach this function
     sweep = False
     failures: list[str] = []  # of the jobs that ran in this process
+    returned: list[Any] = []
 
     def job(cfg: DictConfig) -> Any:
         context = HydraConfig.get()
         words = " ".join(map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ()))
         try:
-            return start(resolve(cfg, context))
+            returned.append(start(resolve(cfg, context)))
+            return returned[-1]
         except (UserError, OmegaConfBaseException) as error:
             failures.append(f"{words} ({refuse(error)})")
             if context.mode == RunMode.RUN:
@@ -91,6 +94,8 @@ def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None]) -> N
                 if not any(word.startswith("hydra/launcher=") for word in sys.argv[1:]):  # else: on other machines
                     ready(configs)
             hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(job)()
+            if sweep and any(returned):
+                compare([found for found in returned if found])
         except (JobRefused, JobFailed) as end:
             _tell(failures if sweep else [])
             raise SystemExit(2 if isinstance(end, JobRefused) else 1) from None

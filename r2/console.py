@@ -53,6 +53,31 @@ class Phase:
             print(f"{self.name}: {text}", file=sys.stdout, flush=True)
 
 
+def comparison(records: list[dict]) -> None:
+    """The closing table of a sweep: a row per pretrained model, a column per stage with its accuracy and file."""
+    rows: dict[tuple, dict[str, str]] = {}
+    for record in records:
+        axes, size = record["axes"], record["size"]["file_mib"]
+        bits = "".join(f"{letter}{axes[key]}" for letter, key in (("W", "weight_bits"), ("A", "act_bits"), ("d", "dim"))
+                       if axes.get(key))  # fmt: skip
+        cell = f"{record['metrics']['top1']:.2f} %" + (f", {size:.2f} MiB" if size else "")
+        kept = (axes["data"], axes["model"], axes["reg"], axes["seed"])
+        row = rows.setdefault(kept, {"full precision": "-"})
+        if record["fp32"]:
+            row["full precision"] = f"{record['fp32']['top1']:.2f} %"
+            row["largest weight"] = f"{record['weights_summary']['max_abs']:.2f}"
+            row["kurtosis"] = f"{record['weights_summary']['kurtosis']:.2f}"
+        if axes["stage"] != "fp32":
+            row[f"{axes['stage']} {bits}"] = cell
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table(title="the sweep", title_justify="left")
+    for name in ("data", "model", "regularizer", "seed", *columns):
+        table.add_column(name)
+    for kept, row in rows.items():
+        table.add_row(*map(str, kept), *(row.get(name, "-") for name in columns))
+    console.print(table)
+
+
 def _noteworthy(details: dict) -> list[tuple[str, Any]]:
     """Channels that folding made constants, and layers whose output is mostly noise: how many, and the first few."""
     kinds = (("constant channels", "constant_channels"), ("below 1 dB", "below_1_db"))

@@ -41,6 +41,7 @@ def experiment(config: dict, world: "World") -> dict:
 
     from r2 import console, pack, record, store
     from r2.pretrain import pretrain, untrained
+    from r2.report import layer
     from r2.trackers import Tracker
     from r2.train import check_batches
 
@@ -76,10 +77,18 @@ def experiment(config: dict, world: "World") -> dict:
                 tracker.close()
     if world.main:
         console.summary(found, directory)
+        layer.beside([found], directory / "weights.png")
     return found
+
+
+def compare(records: list[dict]) -> None:
+    """The end of a sweep."""
+    from r2.report.layer import compare
+
+    compare(records)
 
 
 if __name__ == "__main__":
     import r2.run  # as a module, whose functions other processes can import
 
-    cli.main(r2.run.start, r2.run.ready)
+    cli.main(r2.run.start, r2.run.ready, r2.run.compare)

@@ -118,7 +118,7 @@ def _main(log, words, before, env, writer):
             _marked(writer, phase, name, function)
     if before:
         before()
-    cli.main(r2.run.start, r2.run.ready)
+    cli.main(r2.run.start, r2.run.ready, r2.run.compare)
 
 
 def _marked(writer, phase, name, function):

@@ -64,7 +64,7 @@ for number, words in enumerate(json.loads(sys.argv[1])):
     if os.fork() == 0:
         os.dup2(os.open(f"{number}.told", os.O_CREAT | os.O_WRONLY), 2)
         sys.argv[1:] = ["out=out", "stage=ewgs", *words]
-        cli.main(r2.run.start, r2.run.ready)
+        cli.main(r2.run.start, r2.run.ready, r2.run.compare)
     with open(f"{number}.code", "w") as file:
         print(os.waitstatus_to_exitcode(os.wait()[1]), file=file)
 """
@@ -108,7 +108,8 @@ def test_a_mistake_ends_the_program_with_2(r2):
 
 def test_help_and_config_do_not_import_torch(tmp_path):
     code = (
-        "import sys; sys.argv[1:] = ['--cfg', 'job']; import r2.run; r2.run.cli.main(r2.run.start, r2.run.ready); "
+        "import sys; sys.argv[1:] = ['--cfg', 'job']; from r2 import cli, run; "
+        "cli.main(run.start, run.ready, run.compare); "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=ENV)

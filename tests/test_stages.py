@@ -113,3 +113,15 @@ def test_a_record_s_accuracy_is_its_file_s_in_any_precision(r2, stage):
     recipe = build(record["config"]["recipe"])
     found = evaluate(pack.load(folder / "model.safetensors"), data, World(), recipe)
     assert found == record["metrics"]
+
+
+def test_a_sweep_ends_with_a_table_and_every_run_with_a_picture(r2):
+    done = r2("-m", *SMALL, "model=mbv1", "reg=margin,l2", "stage=fp32,dkm", env={"COLUMNS": "160"})
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("the sweep") :]
+    header, rows = table.splitlines()[2], table.splitlines()[4:6]
+    for column in ("regularizer", "full precision", "largest weight", "kurtosis", "dkm"):
+        assert column in header
+    assert [row.split()[5] for row in rows] == ["margin", "l2"] and all("MiB" in row for row in rows)
+    pictures = [*r2.out.glob("*/weights.png"), r2.out / "weights.png"]
+    assert len(pictures) == 5 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)

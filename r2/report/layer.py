@@ -1,0 +1,68 @@
+"""The picture that a run leaves: the weights of one layer of its pretrained model; of a sweep, one per regularizer."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from r2 import console, store
+from r2.identity import of_pretraining
+from r2.report.style import colour, label
+
+
+def widest(record: dict) -> str:
+    """The layer whose range is the largest multiple of its standard deviation, after pretraining."""
+    layers = {name: w for name, w in record["weights"]["pretrained"].items() if w["std"]}
+    return max(layers, key=lambda name: layers[name]["range"] / layers[name]["std"])
+
+
+def weights(record: dict, layer: str) -> np.ndarray | None:
+    """A layer's weights after the pretraining that a run has started from; None if it has none, or it is gone.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    path = of_pretraining({**record["config"], "choices": record["choices"]}).directory / "model.pt"
+    if not record["fp32"] or not path.exists():
+        return None
+    return store.load(path, "model", "info")["model"][layer].float().numpy().ravel()
+
+
+def write(records: list[dict], path: Path) -> bool:
+    """Draw the first record's widest layer, a histogram for each regularizer; False where there is nothing to draw."""
+    layer = widest(records[0])
+    of_reg = {record["axes"]["reg"]: record for record in reversed(records) if record["axes"]["model"] ==
+              records[0]["axes"]["model"]}  # fmt: skip
+    shown = {reg: w for reg, record in reversed(of_reg.items()) if (w := weights(record, layer)) is not None}
+    if not shown:
+        return False
+    figure = Figure(figsize=(5.2, 1.0 + 1.4 * len(shown)), layout="constrained")
+    limit = max(np.abs(w).max() for w in shown.values())
+    axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False).ravel()
+    for ax, (reg, w) in zip(axes, shown.items(), strict=True):
+        found = of_reg[reg]["weights"]["pretrained"][layer]
+        ax.hist(w, bins=np.linspace(-limit, limit, 81), color=colour(reg))
+        ax.set_title(f"{label(reg)}: range {found['range']:.2f}, kurtosis {found['kurtosis']:.1f}", loc="left")
+        ax.set(yticks=[], xlim=(-1.02 * limit, 1.02 * limit))
+        ax.spines[["left", "top", "right"]].set_visible(False)
+    axes[-1].set_xlabel(f"weights of {layer.removesuffix('.weight')}, {records[0]['axes']['model']}, after pretraining")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def beside(records: list[dict], path: Path) -> None:
+    """`write`, unless it has been; no run fails for its picture."""
+    try:
+        if path.exists() or write(records, path):
+            console.say(f"weights of one layer: {path}")
+    except Exception as error:  # of matplotlib, of the disk, of a checkpoint that another process replaces
+        console.say(f"{path}: not drawn ({type(error).__name__}: {error})")
+
+
+def compare(records: list[dict]) -> None:
+    """The end of a sweep: a table of its runs, and one layer under each of their regularizers."""
+    console.comparison(records)
+    if len({record["axes"]["reg"] for record in records}) > 1:
+        path = Path(records[0]["config"]["out"]) / "weights.png"
+        path.unlink(missing_ok=True)  # of another sweep
+        beside(records, path)
