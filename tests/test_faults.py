@@ -344,7 +344,7 @@ def test_a_signal_is_answered_with_a_checkpoint(tmp_path, number):
     position = store.load(path)["position"]
     again = Run(tmp_path / "again", f"out={tmp_path}", *TINY, "recipe.epochs=400", "checkpoint_seconds=1000")
     assert again.follow("pretrain")
-    wait_for(lambda: "going on" in again.output(), 60)
+    wait_for(lambda: "resumed at" in again.output(), 60)
     again.signal(signal.SIGTERM)
     assert again.wait() == 143
     assert f"resumed at epoch {position['epoch'] + 1}, step {position['step']}" in again.output()
