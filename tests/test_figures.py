@@ -80,13 +80,13 @@ def drawn(tmp_path_factory):
     return records, root / "weights", root / "out", paths
 
 
-def test_collect_keeps_finished_defaults_of_seed_0(tmp_path):
+def test_collect_keeps_finished_defaults_of_the_lowest_seed(tmp_path):
     pretraining(tmp_path / "pretrained" / "a", "l2")
     pretraining(tmp_path / "pretrained" / "b", "l2_10x")
     pretraining(tmp_path / "pretrained" / "c", "linf", finished=False)
     pretraining(tmp_path / "pretrained" / "d", "margin", weight=0.1)
     pretraining(tmp_path / "pretrained" / "e", "margin", dim=2)
-    pretraining(tmp_path / "pretrained" / "f", "margin", seed=1)
+    pretraining(tmp_path / "pretrained" / "f", "l2", seed=1)
     figures.collect(tmp_path / "pretrained", tmp_path / "into")
     names = [f"mbv1-0.25_{reg}.{suffix}" for reg in ("l2", "l2_10x") for suffix in ("csv", "safetensors")]
     assert sorted(path.name for path in (tmp_path / "into").iterdir()) == names

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r2.report.tables import Protocol, protocol
+from r2.report.tables import column, protocol, row
 from r2.report.trained import Trained, collect, most_common, read
 
 if TYPE_CHECKING:
@@ -63,22 +63,16 @@ def _planned(records: list[dict], weights: Path) -> Iterator[Planned]:
         shown = [regs[reg] for reg in style.ordered(regs)]
         for name, draw in (("figure2", drawn.layers), ("range", drawn.over_epochs)):
             yield Planned(f"{name}_{model}", [trained.sha256 for trained in shown], partial(draw, shown))
-    comparable = most_common([record for record in records if not protocol(record).changed], protocol)
-    base = {protocol(record) for record in comparable}
-    weighted = [record for record in records if _but_for_weight(protocol(record)) in base]
+    weighted = most_common([record for record in records if not protocol(record).changed], protocol)
+    comparable = [record for record in weighted if " " not in row(record)[1] and column(record).folding is None]
     for name, rows, picture in (
-        ("accuracy_folding", folding.folding_rows(comparable, weights), folding.accuracy_folding),
+        ("accuracy_folding", folding.folding_rows(weighted, weights), folding.accuracy_folding),
         ("accuracy_bits", accuracy.bits_rows(comparable), accuracy.accuracy_bits),
         ("accuracy_weight", accuracy.weight_rows(weighted), accuracy.accuracy_weight),
         ("accuracy_size", accuracy.size_rows(comparable), accuracy.accuracy_size),
     ):
         if rows:
             yield Planned(name, rows, partial(picture, rows))
-
-
-def _but_for_weight(study: Protocol) -> Protocol:
-    """The study that this one would be with the regularizer's own weight."""
-    return study._replace(changed=tuple(key for key in study.changed if not key.startswith("reg.weight=")))
 
 
 def digest(planned: Planned) -> str:

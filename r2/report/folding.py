@@ -76,7 +76,11 @@ def folding_rows(records: list[dict], weights: Path) -> list[list[Any]]:
     path = weights / "folding.csv"
     lines = path.read_text().splitlines() if path.exists() else []
     known = {row["sha256"]: float(row["folded"]) for row in csv.DictReader(lines)}
-    aimets = (r for r in records if column(r) == ROUNDED and (r.get("details") or {}).get("constant_channels") is None)
+    aimets = (
+        r
+        for r in records
+        if column(r)._replace(folding=None) == ROUNDED and (r.get("details") or {}).get("constant_channels") is None
+    )
     return sorted([r["axes"]["model"], r["axes"]["reg"], known[r["sha256"]["pretrained"]], r["metrics"]["top1"]]
                   for r in aimets if r["sha256"]["pretrained"] in known)  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 from r2 import record
 from r2.paths import REPOSITORY, RESULTS
 from r2.report import claims, figures, folding, tables
-from r2.report.tables import REGULARIZERS, TABLES, Cells, Column, Protocol, Row
+from r2.report.tables import FP32, REGULARIZERS, TABLES, Cells, Column, Protocol, Row
 from r2.store import make_directory
 from r2.store import write as write_file
 
@@ -66,7 +66,7 @@ def page(records: list[dict], folder: Path) -> str:
             "count": len(of_study),
             "seeds": seeds,
             "tables": list(_tables(key, cells, _commands(of_study), seeds)),
-            "claims": claims.rows(found.get(key, [])),
+            "claims": [(claims.heading(key, weight), claims.rows(of)) for weight, of in found.get(key, {}).items()],
             "provenance": _provenance(of_study),
         })  # fmt: skip
     main = max(studies, key=lambda study: (study["protocol"].full, study["count"]))
@@ -92,7 +92,7 @@ def _commands(records: list[dict]) -> dict[tuple[Row, Column], list[str]]:
     """The commands of each cell's runs, in the order of their seeds; full precision is every run's."""
     found: dict[tuple[Row, Column], list[str]] = {}
     for run in sorted(records, key=lambda r: r["axes"]["seed"]):
-        found.setdefault(((run["axes"]["model"], run["axes"]["reg"]), tables.column(run)), []).append(run["command"])
+        found.setdefault((tables.row(run), tables.column(run)), []).append(run["command"])
     return found
 
 
@@ -112,7 +112,7 @@ def _tables(
                 shown = tables.text(by_seed).removesuffix(f" ({seeds})")
                 shade = round(max(-1.0, min(1.0, gain / 20)), 3)
                 line.append({"text": shown, "gain": shade, "commands": commands.get((row, column), [])})
-            rows.append({"model": row[0], "reg": REGULARIZERS.get(row[1], row[1]), "cells": line})
+            rows.append({"model": row[0], "reg": tables.reg_label(row[1]), "cells": line})
         of_paper = tables.paper_grid(grid.number).rows if grid.number in TABLES else []
         on = TABLES[grid.number].data if of_paper else ""
         labels = [c.label for c in columns]
@@ -155,22 +155,31 @@ def _provenance(records: list[dict]) -> str:
             f"commits {', '.join(commits) or 'unknown'}")  # fmt: skip
 
 
+# Of the README: full precision and one column per kind of stage.
+SHOWN = [FP32, Column("none", 4, 8), Column("ewgs", 2, 2), Column("dkm", 1, None, 1)]
+
+
 def block(records: list[dict]) -> str:
-    """The README's results: the largest study's post-training and 2-bit tables, and the verdicts."""
+    """The README's results, of the largest study: one row per model and regularizer, and the verdicts."""
     studies = tables.measured(records)
     counts = {key: sum(tables.protocol(r) == key for r in records) for key in studies}
     key = max(studies, key=lambda k: (k.full, counts[k]))
-    parts = [f"{key.label}; top-1 in %, mean ± standard deviation (seeds):\n"]
-    for grid in tables.grids(key, studies[key]):
-        if grid.number in ("2", "3"):
-            parts.append(tables.markdown_grid(grid.rows))
-    found = claims.findings(records).get(key, [])
-    if found:
-        rows = [[c.text, f"{claims.of_paper(c):+.1f}", f"{f.effect:+.1f}", f.verdict] for c, f in found]
-        parts.append("What becomes of the paper's claims here, as differences in points of top-1 "
-                     "([intervals and seeds](results/claims.md)):\n")  # fmt: skip
-        parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "Verdict"], *rows]))
+    cells = studies[key]
+    rows = tables.ordered(row for row, column in cells if column in SHOWN[1:])
+    header = ["Model", "Regularizer", "full precision", *[c.label for c in SHOWN[1:]]]
+    body = [[row[0], tables.reg_label(row[1]), *[tables.text(cells.get((row, c))) for c in SHOWN]] for row in rows]
+    parts = [f"{key.label}; top-1 in %, mean ± standard deviation (seeds):\n", tables.markdown_grid([header, *body])]
+    if found := claims.findings(records).get(key, {}).get(""):
+        judged = [[c.text, *_effects(c, f), f.verdict] for c, f in found]
+        parts.append("What becomes of the paper's claims here, as differences in points of top-1 where no unit stands "
+                     "([intervals, p values and seeds](results/claims.md)):\n")  # fmt: skip
+        parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "Verdict"], *judged]))
     return "\n".join(parts)
+
+
+def _effects(claim: claims.Claim, finding: claims.Finding) -> list[str]:
+    of_paper = claims.of_paper(claim)
+    return ["-" if of_paper is None else f"{of_paper:+.1f}", f"{finding.effect:+.1f}{claims.UNITS[claim.outcome]}"]
 
 
 def with_block(readme: str, records: list[dict]) -> str:

@@ -6,10 +6,11 @@ Under any smaller study the paper's table is printed apart, with its own title.
 
 import csv
 import io
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from r2.config import UserError
 from r2.data.facts import FACTS
@@ -24,8 +25,8 @@ REGULARIZERS = {
     "smm": "SMM",
 }
 # Keys that are a table's rows, columns and seeds, and keys that change no result.
-_AXES = {"data", "model", "model.width_mult", "reg", "recipe", "stage", "stage.bits", "stage.weight_bits",
-         "stage.act_bits", "stage.dim", "stage.skip_first_last", "seed"}  # fmt: skip
+_AXES = {"data", "model", "model.width_mult", "reg", "reg.weight", "recipe", "stage", "stage.bits", "stage.weight_bits",
+         "stage.act_bits", "stage.dim", "stage.skip_first_last", "stage.fold_constant", "seed"}  # fmt: skip
 _PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds", "dist_timeout_seconds", "data.root",
            "data.workers", "hydra.searchpath"}  # fmt: skip
 # Examples of the paper's data sets, ImageNet read in three ways: fewer of them are another study.
@@ -33,13 +34,15 @@ _OF_PAPER = {"imagenet", "imagenet_shards", "imagenet_dali", "qnli"}
 
 
 class Column(NamedTuple):
-    """What was done to the pretrained model; the fields are axes of a record."""
+    """What was done to the pretrained model; the fields are axes of a record, but for `folding`, which is 'aimet' where
+    channels that do not vary were not folded to constants."""
 
     stage: str
     weight_bits: int | None = None
     act_bits: int | None = None
     dim: int | None = None
     quantized_layers: str | None = "all"
+    folding: str | None = None
 
     @property
     def label(self) -> str:
@@ -48,7 +51,8 @@ class Column(NamedTuple):
             return self.stage
         widths = f"{self.weight_bits} bit, dim {self.dim}" if self.dim else f"W{self.weight_bits}"
         widths += f"A{self.act_bits}" if self.act_bits else ""
-        return f"{self.stage} {widths}" + (" excl. F&L" if self.quantized_layers == "excl_first_last" else "")
+        special = " excl. F&L" if self.quantized_layers == "excl_first_last" else ""
+        return f"{self.stage} {widths}{special}" + (", AIMET's folding" if self.folding else "")
 
 
 FP32 = Column("fp32", quantized_layers=None)
@@ -109,16 +113,62 @@ def protocol(record: dict) -> Protocol:
     return Protocol(data, record["choices"]["recipe"], recipe["epochs"], recipe["finetune"]["epochs"], tuple(changed))
 
 
-Row = tuple[str, str]  # model, regularizer
-Cells = dict[tuple[Row, Column], dict[int, float]]  # to top-1 in percent by seed
+Row = tuple[str, str]  # model, regularizer: its option, and its weight where that is not the option's own ("linf 0.1")
+Cells = dict[tuple[Row, Column], dict[int, float]]  # to an outcome by seed
+Outcome = Literal["top1", "sqnr", "crest"]
 
 
 def column(record: dict) -> Column:
-    return Column(*[record["axes"].get(name) for name in Column._fields])
+    aimet = "stage.fold_constant=false" in record["overrides"]
+    of_run = Column(*[record["axes"].get(name) for name in Column._fields[:-1]])
+    return of_run._replace(folding="aimet" if aimet else None)
 
 
-def measured(records: Iterable[dict]) -> dict[Protocol, Cells]:
-    """Every cell's top-1 by seed.
+def row(record: dict) -> Row:
+    weights = [word.partition("=")[2] for word in record["overrides"] if word.startswith("reg.weight=")]
+    return record["axes"]["model"], " ".join([record["axes"]["reg"], *weights])
+
+
+def reg_label(reg: str) -> str:
+    """`L-inf`, `L-inf, weight 0.1`."""
+    name, _, weight = reg.partition(" ")
+    return REGULARIZERS.get(name, name) + (f", weight {weight}" if weight else "")
+
+
+def with_weight(cells: Cells, regs: tuple[str, ...], weight: str) -> Cells:
+    """The cells in which those of `regs` with this weight stand in the place of their own."""
+    renamed = {f"{reg} {weight}": reg for reg in regs}
+    return {((model, renamed.get(reg, reg)), c): of for ((model, reg), c), of in cells.items() if reg not in regs}
+
+
+def _top1(record: dict) -> dict[Column, float]:
+    found = {}
+    if record["axes"]["stage"] != "fp32":
+        found[column(record)] = record["metrics"]["top1"]
+    if record["fp32"] and record["axes"].get("dim") in (None, 1):  # a regularizer over vectors is another pretraining
+        found[FP32] = record["fp32"]["top1"]
+    return found
+
+
+def _sqnr(record: dict) -> dict[Column, float]:
+    """dB of the rounded weights before calibration finds ranges of activations: the mean over layers."""
+    layers = (record["details"] or {}).get("weight_sqnr_db") or {}
+    values = [value for value in layers.values() if value is not None]
+    return {column(record): fmean(values)} if values and record["axes"]["stage"] == "none" else {}
+
+
+def _crest(record: dict) -> dict[Column, float]:
+    """log(max|w| / std) of the pretrained weights: the mean over layers."""
+    layers = (record.get("weights") or {}).get("pretrained") or {}
+    values = [math.log(of["max_abs"] / of["std"]) for of in layers.values() if of["std"] and of["max_abs"]]
+    return {FP32: fmean(values)} if values and FP32 in _top1(record) else {}
+
+
+OUTCOMES: dict[Outcome, Callable[[dict], dict[Column, float]]] = {"top1": _top1, "sqnr": _sqnr, "crest": _crest}
+
+
+def measured(records: Iterable[dict], outcome: Outcome = "top1") -> dict[Protocol, Cells]:
+    """Every cell's outcome by seed: top-1 in percent, or as its function says.
 
     Raises:
         UserError: two runs give one cell and seed different values, of which one must be stale; names both.
@@ -126,21 +176,16 @@ def measured(records: Iterable[dict]) -> dict[Protocol, Cells]:
     found: dict[Protocol, Cells] = defaultdict(lambda: defaultdict(dict))
     names: dict[tuple, str] = {}
     for record in records:
-        axes, key = record["axes"], protocol(record)
-        row, seed, values = (axes["model"], axes["reg"]), axes["seed"], {}
-        if axes["stage"] != "fp32":
-            values[column(record)] = record["metrics"]["top1"]
-        if record["fp32"] and axes.get("dim") in (None, 1):  # a regularizer over vectors is another pretraining
-            values[FP32] = record["fp32"]["top1"]
-        for place, top1 in values.items():
-            other = names.setdefault((key, row, place, seed), record["name"])
-            if found[key][row, place].setdefault(seed, top1) != top1:
+        key, of, seed = protocol(record), row(record), record["axes"]["seed"]
+        for place, value in OUTCOMES[outcome](record).items():
+            other = names.setdefault((key, of, place, seed), record["name"])
+            if found[key][of, place].setdefault(seed, value) != value:
                 raise UserError(
-                    f"{record['name']} and {other} give {' '.join(row)} {place.label} of seed {seed} different values; "
+                    f"{record['name']} and {other} give {' '.join(of)} {place.label} of seed {seed} different values; "
                     "move the record of one away"
                 )
     # By seed, because a sum's last bits follow its order.
-    return {key: {place: dict(sorted(of.items())) for place, of in found[key].items()} for key in sorted(found)}
+    return {key: {place: dict(sorted(by.items())) for place, by in found[key].items()} for key in sorted(found)}
 
 
 def paper(number: str) -> dict[tuple[Row, Column], float]:
@@ -181,11 +226,16 @@ class Grid(NamedTuple):
 
 def ordered(rows: Iterable[Row]) -> list[Row]:
     regs = list(REGULARIZERS)
-    return sorted(set(rows), key=lambda row: (row[0], regs.index(row[1]) if row[1] in regs else len(regs), row[1]))
+
+    def place(of: Row) -> tuple:
+        name, _, weight = of[1].partition(" ")
+        return of[0], weight and float(weight) or 0.0, regs.index(name) if name in regs else len(regs), name
+
+    return sorted(set(rows), key=place)
 
 
 def _grid(number: str, title: str, columns: list[Column], rows: list[Row], cell: Callable[[Row, Column], str]) -> Grid:
-    body = [[row[0], REGULARIZERS.get(row[1], row[1]), *[cell(row, c) for c in columns]] for row in rows]
+    body = [[row[0], reg_label(row[1]), *[cell(row, c) for c in columns]] for row in rows]
     return Grid(number, title, columns, rows, [["Model", "Regularizer", *[c.label for c in columns]], *body])
 
 

@@ -41,8 +41,8 @@ def collect(pretrained: Path, into: Path, records: list[dict] | None = None) -> 
     """Keep what the figures show of the finished pretrainings: <model>_<reg>.safetensors and .csv in `into`.
 
     The weights are those of the 3x3 convolutions and of the last linear layer, the CSV is the curve of all layers.
-    Only seed 0 and the regularizers as configs/reg has them. Of several data sets, and of several recipes of a model,
-    the one with the most pretrainings is kept; of equals the newest.
+    Only the lowest seed, and the regularizers as configs/reg has them. Of several data sets, and of several recipes of
+    a model, the one with the most pretrainings is kept; of equals the newest.
 
     Args:
         pretrained: `<out>/pretrained`; its unfinished folders are passed over.
@@ -65,7 +65,7 @@ def collect(pretrained: Path, into: Path, records: list[dict] | None = None) -> 
             state = store.load(directory / "model.pt", "model", "info")
             if records is None or state["info"]["sha256"] in made_from:
                 found.append((described, state["model"], directory))
-    for described, state, directory in _comparable(found, lambda item: item[0]):
+    for described, state, directory in _lowest_seed(_comparable(found, lambda item: item[0])):
         convolutions = {k: w for k, w in state.items() if w.ndim == 4 and w.shape[-2:] == (3, 3)}
         last = [(k, w) for k, w in state.items() if w.ndim == 2][-1:]
         kept = {k: w.float().contiguous() for k, w in (*convolutions.items(), *last)}
@@ -80,13 +80,21 @@ def collect(pretrained: Path, into: Path, records: list[dict] | None = None) -> 
 
 
 def _described(config: dict) -> dict | None:
-    """A pretraining by the names of its options; None unless it has seed 0 and the values of configs/reg."""
+    """A pretraining by the names of its options; None unless it has the values of configs/reg."""
     choices = config.get("choices")  # an older version wrote none
-    if choices is None or config["seed"] != 0 or config["reg"] != _default(choices["reg"]):
+    if choices is None or config["reg"] != _default(choices["reg"]):
         return None
     name = model_name(choices["model"], config["model"].get("width_mult"))
     names = {"data": choices["data"], "model": name, "reg": choices["reg"]}
-    return {**names, "seed": 0, "epochs": config["recipe"]["epochs"], "recipe": config["recipe"]}
+    return {**names, "seed": config["seed"], "epochs": config["recipe"]["epochs"], "recipe": config["recipe"]}
+
+
+def _lowest_seed(items: list[tuple[dict, dict, Path]]) -> list[tuple[dict, dict, Path]]:
+    """One pretraining of each model and regularizer; of equals the newest, which comes last."""
+    found = {}
+    for item in sorted(items, key=lambda item: -item[0]["seed"]):
+        found[item[0]["model"], item[0]["reg"]] = item
+    return list(found.values())
 
 
 def _default(reg: str) -> dict | None:
