@@ -38,6 +38,11 @@ def by_model(table: DictConfig, *, _root_: DictConfig) -> Any:
     return table[name]
 
 
+def by_data(table: DictConfig, otherwise: Any, *, _root_: DictConfig) -> Any:
+    """The entry of `table` for the data in use: what a model's option sets by the size of the images."""
+    return table.get(str(_root_.data._target_).rsplit(".", 1)[1], otherwise)
+
+
 def from_environment(name: str, default: Any = None) -> Any:
     """OmegaConf's oc.env for the one variable that configs read, so that no config carries a secret into a record."""
     if name != "R2_DATA":
@@ -46,6 +51,7 @@ def from_environment(name: str, default: Any = None) -> Any:
 
 
 OmegaConf.register_new_resolver("by_model", by_model, replace=True)
+OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 OmegaConf.register_new_resolver("oc.env", from_environment, replace=True)
 
 

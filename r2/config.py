@@ -22,6 +22,10 @@ class UserError(Exception):
     """A mistake of the user's, told in one line and without a traceback."""
 
 
+class Diverged(UserError):
+    """A training whose loss or weights are not finite any more: a result of the run, and counted as one at chance."""
+
+
 def last_line(error: BaseException) -> str:
     """What a UserError says. One that was raised in a data loader's worker carries its traceback in the message."""
     return str(error).strip().splitlines()[-1].removeprefix("r2.config.UserError: ")

@@ -7,7 +7,7 @@ import math
 import platform
 import shlex
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def provenance(device: Any) -> dict:
     """Where and with what a run was made."""
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -97,6 +97,16 @@ def provenance(device: Any) -> dict:
         "versions": versions,
         "commit": commit(),
     }
+
+
+def cpu_name() -> str:
+    """The processor's model where the system tells it (Linux: /proc/cpuinfo), else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 @functools.cache
@@ -129,13 +139,21 @@ def finite(value: Any) -> Any:
 
 
 def find(folder: Path) -> list[dict]:
-    """Every record under `folder`: <run>/record.json of runs, records/*.json of collected ones, or its own *.json.
+    """Every record under `folder`: <run>/record.json of runs, or diverged.json of those that have none, records/*.json
+    of collected ones, or its own *.json.
 
     Raises:
         UserError: a file is not a record.
     """
-    patterns = ("*/record.json", "records/*.json", "*.json")
-    return [read(path) for path in sorted({path for pattern in patterns for path in folder.glob(pattern)})]
+    patterns = ("*/record.json", "*/diverged.json", "records/*.json", "*.json")
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return [read(path) for path in sorted(found) if path.name != "diverged.json" or path == of_run(path.parent)]
+
+
+def of_run(directory: Path) -> Path:
+    """Where a run's record lies: record.json, or diverged.json where its training only ever diverged."""
+    record, diverged = directory / "record.json", directory / "diverged.json"
+    return diverged if diverged.exists() and not record.exists() else record
 
 
 def read_all(folder: Path) -> list[dict]:
@@ -170,6 +188,31 @@ def read(path: Path, name: str | None = None) -> dict:
     if name is not None and found["name"] != name:
         raise UserError(f"{path}: is the record of {found['name']}; move it away to run again")
     return found
+
+
+def of_diverged(
+    config: dict,
+    axes: dict,
+    directory: Path,
+    pretrained: Pretrained | None,
+    untrained: tuple[Any, Pretrained],
+    reason: Exception,
+    data: Any,
+    world: Any,
+) -> dict:
+    """The record of a run whose training diverged: its accuracy is chance, the reason a detail.
+
+    Args:
+        pretrained: None where pretraining itself diverged.
+        untrained: the model before any training, and what is known of it.
+    """
+    top1, top5 = (100 * min(1.0, guesses / data.num_classes) for guesses in (1, 5))
+    chance = {"loss": math.log(data.num_classes), "top1": top1, "top5": top5, "images": data.val_images}
+    model, begun = untrained
+    pretrained = pretrained or replace(begun, metrics=chance)
+    return make(
+        config, axes, directory, pretrained, model, Outcome(chance, details={"diverged": str(reason)}), data, world
+    )
 
 
 def make(

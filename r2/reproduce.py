@@ -113,7 +113,7 @@ def reproduce(request: Request) -> int:
     print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)
     ready(cell.config for cell in missing)
     reasons = run_all(missing, request.jobs, visible_gpus())
-    failed = [cell for cell in missing if not (cell.directory / "record.json").exists()]
+    failed = [cell for cell in missing if not record.of_run(cell.directory).exists()]
     for cell in failed:
         print(f"r2: failed: {record.command(cell.config)} ({reasons.get(cell.name, 'not begun')})", file=sys.stderr)
     folder = request.records.parent if request.records else out
@@ -230,9 +230,11 @@ def _run(configs: list[dict], gpus: list[str], ends: Connection) -> None:
 
 def collect(cells: Iterable, records: Path) -> None:
     """Copy each finished cell's record to records/<name>.json."""
+    from r2 import record
+
     records.mkdir(parents=True, exist_ok=True)
     for cell in cells:
-        found = cell.directory / "record.json"
+        found = record.of_run(cell.directory)
         if found.exists():
             shutil.copyfile(found, records / f"{cell.name}.json")
 

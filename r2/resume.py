@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from r2.config import UserError
+from r2.config import Diverged, UserError
 from r2.data.batches import Data
 from r2.dist import World, stop_handlers, stopped
 from r2.regularizers import Regularizer
@@ -60,11 +60,11 @@ def mend(keys: str) -> str:
 def check_weights(state: dict[str, Tensor], phase: str, keys: str) -> None:
     """
     Raises:
-        UserError: a weight or a buffer is not finite, and a run could not go on from it.
+        Diverged: a weight or a buffer is not finite, and a run could not go on from it.
     """
     for name, value in state.items():
         if not torch.isfinite(value).all():
-            raise UserError(f"{phase}: {name} is not finite any more. {mend(keys)}")
+            raise Diverged(f"{phase}: {name} is not finite any more. {mend(keys)}")
 
 
 def made_with(data: Data, world: World) -> dict[str, str]:
@@ -174,14 +174,14 @@ class Upkeep:
         """Before a step's update, so that no checkpoint holds what comes of it.
 
         Raises:
-            UserError: this loss or one since the last look is not finite.
+            Diverged: this loss or one since the last look is not finite.
         """
         self._losses.append(loss)
         if not self._due:
             return
         bad = (~torch.isfinite(torch.stack(self._losses))).to(torch.float32)
         if self.run.world.all_reduce(bad).any():
-            raise UserError(self._diverged(self.step - len(self._losses) + 1 + int(bad.nonzero()[0])))
+            raise Diverged(self._diverged(self.step - len(self._losses) + 1 + int(bad.nonzero()[0])))
         self._losses.clear()
 
     def _diverged(self, step: int) -> str:

@@ -9,7 +9,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from r2 import cli
-from r2.config import build
+from r2.config import Diverged, build
 from r2.identity import axes, of_run
 
 if TYPE_CHECKING:
@@ -68,8 +68,15 @@ def experiment(config: dict, world: "World") -> dict:
                 stage.check(shape, data.calibration_images)
                 check_batches(config["stage"], recipe, world, shape)
                 beginning = untrained if stage.from_scratch else pretrain
-                model, pretrained = beginning(config, data, recipe, world, tracker)
-                model, outcome = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
+                pretrained = None
+                try:
+                    model, pretrained = beginning(config, data, recipe, world, tracker)
+                    model, outcome = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
+                except Diverged as error:  # a result too: at chance in the tables
+                    begun = untrained(config, data, recipe, world, tracker)
+                    found = record.of_diverged(config, columns, directory, pretrained, begun, error, data, world)
+                    run.note_diverged(found)
+                    raise
                 if world.main:
                     pack.save(model, directory / "model.safetensors")
                 found = record.make(config, columns, directory, pretrained, model, outcome, data, world)

@@ -268,4 +268,10 @@ class Run:
             write_json(self.directory / "record.json", found)
             for path in (*self.directory.glob("*.ckpt"), *self.directory.glob("*.previous")):
                 remove(path)
+            (self.directory / "diverged.json").unlink(missing_ok=True)  # of an earlier version, or repeated by force
         self.world.barrier()
+
+    def note_diverged(self, found: dict) -> None:
+        """The record of a training that diverged; the run is not finished, and the same command tries again."""
+        if self.world.main:
+            write_json(self.directory / "diverged.json", found)

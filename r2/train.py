@@ -61,7 +61,7 @@ def train(
         keys: the config group whose keys are in force, for what is said of a loss that is not finite.
 
     Raises:
-        UserError: the loss is not finite; names the step, the learning rate and the layer with the largest gradient.
+        Diverged: the loss is not finite; names the step, the learning rate and the layer with the largest gradient.
             Weights that are not finite are refused before they reach a checkpoint.
         SystemExit: stopped by a signal, after writing a checkpoint.
     """

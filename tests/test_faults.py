@@ -20,7 +20,7 @@ import torch
 from conftest import ENV, SMALL
 from forked import EWGS, TINY, Run, alive, children, results, wait_for
 
-from r2 import store, trackers
+from r2 import record, store, trackers
 from r2.plan import cells as planned
 
 ROOT = Path(__file__).parents[1]
@@ -372,3 +372,16 @@ def test_every_promise_names_a_test_that_exists():
             tree = ast.parse((ROOT / file).read_text())
             functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
             assert name in functions, f"{path.name}: {file} has no {name}"
+
+
+def test_a_training_that_diverges_leaves_a_record_at_chance(tmp_path):
+    """It counts in a study as long as the run has no other."""
+    ran = Run(tmp_path / "log", f"out={tmp_path}", *TINY, *EWGS, "stage.lr=1e30", "stage.clip_norm=null")
+    assert ran.wait() == 2 and "the loss is not finite" in ran.output()
+    (found,) = record.read_all(tmp_path)
+    assert found["metrics"]["top1"] == 10.0 and found["fp32"]["top1"] != 10.0
+    assert "the loss is not finite" in found["details"]["diverged"]
+    (path,) = tmp_path.glob("*/diverged.json")
+    assert not (path.parent / "record.json").exists() and record.of_run(path.parent) == path
+    shutil.copyfile(path, path.parent / "record.json")
+    assert record.of_run(path.parent).name == "record.json" and len(record.find(tmp_path)) == 1

@@ -59,7 +59,7 @@ def test_the_page_shows_what_was_measured_and_how_to_repeat_it(folder):
     text = (folder / "report.html").read_text()
     assert "<td>10.00</td>" not in text and ">31.00 ± 1.00</td>" in text  # L-inf over its seeds
     assert text.count("python -m r2.run data=digits reg=linf seed=2") == 1
-    assert "R2 with a weight of 0.1" in text
+    assert "L-inf, weight 0.1" in text
     assert '<td class="verdict holds">holds</td>' in text and "A <em>finding</em> &lt;script&gt;" in text
     written = {p.name for p in (folder / "digits").iterdir()} | {p.name for p in folder.iterdir()}
     assert {"tables.md", "tables.csv", "tables.tex", "claims.md"} <= written

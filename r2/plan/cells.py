@@ -38,12 +38,12 @@ class Cell:
         return self.run.directory
 
     def finished(self, records: Path | None) -> bool:
-        """Whether its record lies in its own directory, or in the folder `records`.
+        """Whether its record lies in its own directory, or in the folder `records`; one of a diverged training too.
 
         Raises:
             UserError: what lies there is not its record, or was altered.
         """
-        places = [self.directory / "record.json", *([records / f"{self.name}.json"] if records else [])]
+        places = [record.of_run(self.directory), *([records / f"{self.name}.json"] if records else [])]
         return any(record.read(path, self.name) for path in places if path.exists())
 
     def pretrained(self) -> bool:
