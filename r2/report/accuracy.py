@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-from matplotlib.transforms import offset_copy
 
 from r2.report.style import INK, colour, label, ordered
 from r2.report.tables import FP32, TABLES, column
@@ -61,7 +60,7 @@ def _place(axes: dict) -> tuple[int, str, int, str] | None:
 def accuracy_bits(rows: list[list]) -> tuple[Figure, str]:
     """Accuracy against bits per weight; small multiples by model and method."""
     return _multiples(rows), (
-        "Top-1 accuracy against bits per weight, by model and method; mean and standard deviation over seeds, "
+        "Top-1 accuracy against bits per weight, by model and method; a mark per seed and a dash at their mean, "
         "full precision at the right of each panel."
     )
 
@@ -89,8 +88,8 @@ def accuracy_weight(rows: list[list]) -> tuple[Figure, str]:
     figure = _multiples(rows)
     figure.supxlabel("weight of the regularizer", fontsize="medium")
     return figure, (
-        "Top-1 accuracy against the weight of the regularizer, by what was done to the model; mean and standard "
-        "deviation over seeds."
+        "Top-1 accuracy against the weight of the regularizer, by what was done to the model; a mark per seed and a "
+        "dash at their mean."
     )
 
 
@@ -112,11 +111,12 @@ def _multiples(rows: list[list]) -> Figure:
         here = [reg for reg in regs if any(row[2] == reg for row in found)]
         for i, reg in enumerate(here):
             values = [[row[-1] for row in found if row[2] == reg and row[1] == text] for _, text in places]
-            _spread(ax, values, 0.72 * ((i + 0.5) / len(here) - 0.5), colour(reg))
+            _seeds(ax, values, 0.72 * ((i + 0.5) / len(here) - 0.5), colour(reg))
         ax.set_xticks(range(len(places)), [text for _, text in places])
         ax.set_xlim(-0.6, len(places) - 0.4)
         ax.grid(axis="y", alpha=0.2, linewidth=0.6)
         ax.set_title(f"{model}, {title}")
+    _same_axis([(ax, title) for ax, (_, _, title) in zip(axes, panels, strict=False)])
     for ax in axes[len(panels) :]:
         ax.remove()
     _legend(figure, regs)
@@ -124,12 +124,21 @@ def _multiples(rows: list[list]) -> Figure:
     return figure
 
 
-def _spread(ax: Axes, values: list[list[float]], offset: float, color: str) -> None:
-    """Mean and standard deviation at each place that has values, beside those of the other regularizers."""
-    x = [i + offset for i, seeds in enumerate(values) if seeds]
-    mean = [float(np.mean(seeds)) for seeds in values if seeds]
-    std = [float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0 for seeds in values if seeds]
-    ax.errorbar(x, mean, std, color=color, fmt="o", markersize=4, elinewidth=1.2)
+def _seeds(ax: Axes, values: list[list[float]], offset: float, color: str) -> None:
+    """A mark per seed and a dash at their mean, at each place that has values, beside the other regularizers'."""
+    for i, seeds in enumerate(values):
+        ax.plot([i + offset] * len(seeds), seeds, "o", color=color, markersize=3.2, alpha=0.55, markeredgewidth=0)
+        if seeds:
+            ax.hlines(float(np.mean(seeds)), i + offset - 0.05, i + offset + 0.05, color=color, linewidth=2)
+
+
+def _same_axis(panels: list[tuple[Axes, str]]) -> None:
+    """Panels of one title show one thing of several networks, and so have one y axis."""
+    for title in {title for _, title in panels}:
+        of_title = [ax for ax, its in panels if its == title]
+        low, high = min(ax.get_ylim()[0] for ax in of_title), max(ax.get_ylim()[1] for ax in of_title)
+        for ax in of_title:
+            ax.set_ylim(low, high)
 
 
 def size_rows(records: list[dict]) -> list[list]:
@@ -148,12 +157,7 @@ def accuracy_size(rows: list[list]) -> tuple[Figure, str]:
         ax.set_xscale("log")
         here = [row for row in rows if _network(row[0]) == network]
         for _, reg, stage, mib, top1 in here:
-            # Files of as many bits are of one size, whatever the stage: set apart, in points, to be seen at all.
-            aside = 8 * (stages.index(stage) - (len(stages) - 1) / 2) if stage in stages else 0
-            place = offset_copy(ax.transData, figure, x=aside, units="points")
-            style = {"color": colour(reg), "fillstyle": "none", "markersize": 5, "transform": place}
-            ax.plot(mib, top1, MARKERS.get(stage, "*"), **style)
-        ax.update_datalim([row[3:] for row in here])  # what has a transform of its own does not count
+            ax.plot(mib, top1, MARKERS.get(stage, "*"), color=colour(reg), fillstyle="none", markersize=5)
         ax.margins(x=0.15)
         ax.autoscale_view()
         ax.grid(axis="y", alpha=0.2, linewidth=0.6)
@@ -166,8 +170,8 @@ def accuracy_size(rows: list[list]) -> tuple[Figure, str]:
     marks = [Line2D([], [], color=INK, marker=MARKERS[s], fillstyle="none", linestyle="", markersize=5) for s in stages]
     figure.legend(marks, stages, loc="outside lower center", ncols=4, handletextpad=0.2)
     return figure, (
-        "Top-1 accuracy against the size of the compressed file on disk, one mark per run; stages are set apart "
-        "sideways around their common size."
+        "Top-1 accuracy against the size of the compressed file on disk, one mark per run; files of as many "
+        "bits are of one size, whatever the stage."
     )
 
 
