@@ -42,7 +42,7 @@ class Root:
     """The keys outside the groups; none but `seed` can change a result."""
 
     def __init__(self, out: Place, seed: Seed, devices: Literal["auto"] | Count, threads: Literal["auto"] | Count,
-                 force: bool, check: bool, checkpoint_seconds: NonNegative,
+                 force: bool, check: bool, images_per_second: Positive | None, checkpoint_seconds: NonNegative,
                  dist_timeout_seconds: Positive): ...  # fmt: skip
 
 
@@ -59,6 +59,8 @@ def check(config: dict) -> None:
     for group in GROUPS:
         node = dict(config[group])
         _check_node(node, node.pop("_target_"), f"{group}.")
+    if config["images_per_second"] is not None and not config["check"]:
+        raise UserError(f"images_per_second={config['images_per_second']:g}: is for a plan; add check=true")
 
 
 def check_targets(targets: dict[str, Any]) -> None:
