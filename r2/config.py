@@ -6,7 +6,6 @@ read from the source text, without importing the module.
 """
 
 import ast
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -16,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, ValidationError, create_model
+
+from r2.hints import unknown_key
 
 
 class UserError(Exception):
@@ -74,7 +75,7 @@ def _check_node(node: dict, target: str, prefix: str) -> None:
     annotations = signature(target)
     for key in node:
         if key not in annotations:
-            raise UserError(unknown_key(prefix + key, [prefix + name for name in annotations]))
+            raise UserError(unknown_key(prefix + key, [prefix + name for name in annotations], target))
     fields: dict[str, Any] = {key: (annotations[key], ...) for key in node}
     for key, value in node.items():
         if "_target_" in repr(value):  # Hydra would call what it names
@@ -87,12 +88,6 @@ def _check_node(node: dict, target: str, prefix: str) -> None:
         key = str(found[0]["loc"][0])
         wrong = dict.fromkeys(one["msg"] for one in found if one["loc"][0] == key)  # each part of a union has its own
         raise UserError(f"{prefix}{key}={node.get(key)!r}: {', or: '.join(wrong)}") from None
-
-
-def unknown_key(key: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(key, options, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown key {key!r}: {hint}known are {', '.join(sorted(options))}"
 
 
 @functools.cache

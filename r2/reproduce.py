@@ -30,7 +30,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from r2.config import UserError
+from r2.config import GROUPS, UserError, signature
+from r2.hints import unknown_key
 
 _OWN = ("table", "figure", "plan", "images_per_second", "seeds", "jobs", "records")
 
@@ -56,12 +57,15 @@ def read(arguments: list[str]) -> Request:
     overrides: dict[str, str] = {}
     from r2.compose import words_of
 
+    known = list(dict.fromkeys([*_OWN, *GROUPS, *signature("r2.config.Root")]))
     for word in words_of(arguments):
         key, equals, value = word.partition("=")
         if word == "all":
             own |= {"table": "1,2,3,4,5,6,7", "figure": "1,2"}
         elif not equals or not value:
             raise UserError(f"{word!r}: expected key=value, e.g. table=2 plan=true, or all")
+        elif key.isidentifier() and key not in known:
+            raise UserError(unknown_key(key, known))
         else:
             (own if key in _OWN else overrides)[key] = value
     wanted = [f"table{n}" for n in own["table"].split(",")] if "table" in own else []
