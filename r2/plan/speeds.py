@@ -1,6 +1,7 @@
 """How long runs take: by what records tell, by the speeds that the user has measured, or by a short measurement."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -29,10 +30,10 @@ class Given:
     """Images/s that the user has measured one GPU to train, for every network of a plan.
 
     A speed is of one network, named as in the runs' names (mbv1-0.25). Under no name it is of each model of the plan
-    as that keeps most memory for its backward, which is at its largest width. The other widths of a model follow in
-    proportion to what they keep: small convolutions wait for memory. Counted multiplications would promise much more,
-    e.g. 3.1 times the images/s for MobileNet-V2 at half the width, where an RTX 3090 gives 1.75 and this rule 1.83
-    (timm's results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv).
+    as that keeps most memory for its backward, which is at its largest width; of images, if there are also texts.
+    Other widths follow in proportion to what they keep: small convolutions wait for memory. Multiplications would
+    promise too much, 3.1 times the images/s for MobileNet-V2 at half the width, where an RTX 3090 gives 1.75 and this
+    rule 1.83 (timm's results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv).
 
     Raises:
         UserError: a name that is no network of the plan, or a model that nothing is said of.
@@ -40,26 +41,27 @@ class Given:
 
     def __init__(self, cells: Iterable[Cell], said: Mapping[str, float]):
         self._kept: dict[str, float] = {}
-        self._known: dict[str, list[tuple[Cell, float]]] = {}  # by model: the networks with a speed of their own
-        each = {_network(cell): cell for cell in cells}
-        names = {cell.axes["model"] for cell in each.values()}
-        for name in said.keys() - {""} - names:
-            raise UserError(
-                f"images_per_second={name}:{said[name]:g}: the plan's networks are {', '.join(sorted(names))}"
-            )
-        for model in {cell.config["choices"]["model"] for cell in each.values()}:
-            own = [cell for cell in each.values() if cell.config["choices"]["model"] == model]
-            named = [cell for cell in own if cell.axes["model"] in said]
-            if not named and "" not in said:
-                name = own[0].axes["model"]
+        self._known: dict[str, list[tuple[Cell, float]]] = defaultdict(list)  # by model: networks with a speed
+        by_model: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
+        for cell in {_network(cell): cell for cell in cells}.values():
+            by_model[_model(cell)][cell.axes["model"]].append(cell)
+        names = sorted(name for networks in by_model.values() for name in networks)
+        for name in said.keys() - {""} - set(names):
+            raise UserError(f"images_per_second={name}:{said[name]:g}: the plan's networks are {', '.join(names)}")
+        for model, networks in by_model.items():
+            every = [cell for of_name in networks.values() for cell in of_name]
+            texts = "max_length" in every[0].config["data"] and len(by_model) > 1  # N is of the images then
+            for name in networks.keys() & said.keys():
+                self._known[model].append((self._largest(networks[name]), said[name]))
+            if model not in self._known and ("" not in said or texts):
+                name = self._largest(every).axes["model"]
                 raise UserError(f"images_per_second: says nothing of {name}; add ,{name}:N")
-            largest = [self._largest([cell for cell in named if cell.axes["model"] == name])
-                       for name in {cell.axes["model"] for cell in named}] or [self._largest(own)]  # fmt: skip
-            self._known[model] = [(cell, said.get(cell.axes["model"], said.get("", 0.0))) for cell in largest]
+            if model not in self._known:
+                self._known[model].append((self._largest(every), said[""]))
 
     def speed(self, cell: Cell) -> tuple[float, str]:
         """Images/s of one GPU, and where that comes from."""
-        known = self._known[cell.config["choices"]["model"]]
+        known = self._known[_model(cell)]
         network = _network(cell)
         for own, speed in known:
             if network == _network(own):
@@ -80,6 +82,10 @@ class Given:
         if network not in self._kept:
             self._kept[network] = step.memory(cell.config, 64)[0]
         return self._kept[network]
+
+
+def _model(cell: Cell) -> str:
+    return cell.config["choices"]["model"]
 
 
 def _network(cell: Cell) -> str:
