@@ -1,6 +1,5 @@
 """Composition: the command line's words become one checked, plain config. Imports no torch."""
 
-import difflib
 import functools
 import itertools
 import os
@@ -20,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from r2.config import GROUPS, UserError, build, check, check_targets, unknown_key
+from r2.config import GROUPS, UserError, build, check, check_targets
+from r2.hints import unknown_key, unknown_option
 from r2.paths import CONFIGS
 
 _SEARCHPATH = "hydra.searchpath="
@@ -217,15 +217,13 @@ def one_line(error: BaseException) -> str:
     if cause is not None and getattr(cause, "parent_node", None) is not None:
         parent, prefix = cause.parent_node, str(cause.full_key).rpartition(".")[0]  # type: ignore[attr-defined]
         options = [f"{prefix}.{key}" if prefix else str(key) for key in parent if key not in ("hydra", "_target_")]
-        return unknown_key(str(cause.full_key), options)  # type: ignore[attr-defined]
+        return unknown_key(str(cause.full_key), options, parent.get("_target_"))  # type: ignore[attr-defined]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         missing = error.missing_cfg_file
         group, _, wanted = missing.rpartition("/") if missing.startswith("hydra/") else missing.partition("/")
         if wanted.startswith("submitit_"):
             return "hydra/launcher: Hydra's submitit launcher is not installed; pip install 'r2[cluster]'"
-        close = difflib.get_close_matches(wanted, error.options, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown {group} {wanted!r}: {hint}choose from {', '.join(error.options)}"
+        return unknown_option(group, wanted, list(error.options))
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         lines = [line for line in error.message.splitlines() if not line.startswith(("Lexer", "Error", "See", " "))]

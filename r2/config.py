@@ -6,7 +6,6 @@ read from the source text, without importing the module.
 """
 
 import ast
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -16,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, ValidationError, create_model
+
+from r2.hints import unknown_key
 
 
 class UserError(Exception):
@@ -46,7 +47,7 @@ class Root:
     """The keys outside the groups; none but `seed` can change a result."""
 
     def __init__(self, out: Place, seed: Seed, devices: Literal["auto"] | Count, threads: Literal["auto"] | Count,
-                 force: bool, check: bool, checkpoint_seconds: NonNegative,
+                 force: bool, check: bool, images_per_second: Positive | None, checkpoint_seconds: NonNegative,
                  dist_timeout_seconds: Positive): ...  # fmt: skip
 
 
@@ -63,6 +64,8 @@ def check(config: dict) -> None:
     for group in GROUPS:
         node = dict(config[group])
         _check_node(node, node.pop("_target_"), f"{group}.")
+    if config["images_per_second"] is not None and not config["check"]:
+        raise UserError(f"images_per_second={config['images_per_second']:g}: is for a plan; add check=true")
 
 
 def check_targets(targets: dict[str, Any]) -> None:
@@ -76,7 +79,7 @@ def _check_node(node: dict, target: str, prefix: str) -> None:
     annotations = signature(target)
     for key in node:
         if key not in annotations:
-            raise UserError(unknown_key(prefix + key, [prefix + name for name in annotations]))
+            raise UserError(unknown_key(prefix + key, [prefix + name for name in annotations], target))
     fields: dict[str, Any] = {key: (annotations[key], ...) for key in node}
     for key, value in node.items():
         if "_target_" in repr(value):  # Hydra would call what it names
@@ -89,12 +92,6 @@ def _check_node(node: dict, target: str, prefix: str) -> None:
         key = str(found[0]["loc"][0])
         wrong = dict.fromkeys(one["msg"] for one in found if one["loc"][0] == key)  # each part of a union has its own
         raise UserError(f"{prefix}{key}={node.get(key)!r}: {', or: '.join(wrong)}") from None
-
-
-def unknown_key(key: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(key, options, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown key {key!r}: {hint}known are {', '.join(sorted(options))}"
 
 
 @functools.cache

@@ -5,8 +5,11 @@ python -m r2.reproduce table=2,3 data=fashion_mnist seeds=0,1,2 jobs=2
 python -m r2.reproduce all
 
     table=1..7  figure=1,2  all    what to reproduce
-    plan=true                      only say what would be done
-    images_per_second=N            with plan=true: what one GPU was measured to pretrain; the plan is then of GPUs
+    plan=true                      only say what would be done, and what it costs on the devices of this machine
+    images_per_second=N            with plan=true or check=true: what one GPU was measured to pretrain. The plan is then
+                                   of devices=N GPUs of another machine. N is of each model at its largest width in
+                                   the plan, other widths follow; mbv1-1.0:N,mbv1-0.25:N,... gives networks their own
+    check=true                     check each missing run as python -m r2.run does
     seeds=0,1,2                    repetitions
     jobs=N                         pretrainings at the same time, each with its share of a CPU's threads
     records=DIR                    runs whose records lie there are not repeated; the others' records are copied there
@@ -16,6 +19,7 @@ Every other key=value goes to each run as in python -m r2.run; key=a,b,c makes o
 
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -26,7 +30,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from r2.config import UserError
+from r2.config import GROUPS, UserError, signature
+from r2.hints import unknown_key
 
 _OWN = ("table", "figure", "plan", "images_per_second", "seeds", "jobs", "records")
 
@@ -40,7 +45,7 @@ class Request:
     plan: bool
     jobs: int
     records: Path | None
-    images_per_second: float | None
+    images_per_second: dict[str, float]
 
 
 def read(arguments: list[str]) -> Request:
@@ -52,12 +57,15 @@ def read(arguments: list[str]) -> Request:
     overrides: dict[str, str] = {}
     from r2.compose import words_of
 
+    known = list(dict.fromkeys([*_OWN, *GROUPS, *signature("r2.config.Root")]))
     for word in words_of(arguments):
         key, equals, value = word.partition("=")
         if word == "all":
             own |= {"table": "1,2,3,4,5,6,7", "figure": "1,2"}
         elif not equals or not value:
             raise UserError(f"{word!r}: expected key=value, e.g. table=2 plan=true, or all")
+        elif key.isidentifier() and key not in known:
+            raise UserError(unknown_key(key, known))
         else:
             (own if key in _OWN else overrides)[key] = value
     wanted = [f"table{n}" for n in own["table"].split(",")] if "table" in own else []
@@ -69,26 +77,28 @@ def read(arguments: list[str]) -> Request:
     jobs = own.get("jobs", "1")
     if not jobs.isdecimal() or int(jobs) < 1:
         raise UserError(f"jobs={jobs}: is a whole number, 1 or more")
-    speed = _positive("images_per_second", own)
-    if speed is not None and own.get("plan") != "true":
-        raise UserError(f"images_per_second={speed:g}: is for a plan; add plan=true")
+    speeds = _speeds(own["images_per_second"]) if "images_per_second" in own else {}
+    if speeds and own.get("plan") != "true" and overrides.get("check") != "true":
+        raise UserError(f"images_per_second={own['images_per_second']}: is for a plan; add plan=true")
     if "seeds" in own:
         overrides["seed"] = own["seeds"]
     if int(jobs) > 1 and "threads" not in overrides:
         overrides["threads"] = str(max(1, (os.cpu_count() or 1) // int(jobs)))
     records = Path(own["records"]) if "records" in own else None
     words = [f"{k}={v}" for k, v in overrides.items()]
-    return Request(wanted, words, own.get("plan") == "true", int(jobs), records, speed)
+    return Request(wanted, words, own.get("plan") == "true", int(jobs), records, speeds)
 
 
-def _positive(key: str, own: dict[str, str]) -> float | None:
-    try:
-        value = float(own[key]) if key in own else None
-    except ValueError:
-        value = -1.0
-    if value is not None and not 0 < value < math.inf:
-        raise UserError(f"{key}={own[key]}: is a number above 0")
-    return value
+def _speeds(text: str) -> dict[str, float]:
+    """Images/s by network name, as r2.plan.speeds.Given reads them; of N alone, under no name."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.rpartition(":")
+        value = float(number) if re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", number) else 0.0
+        if name in found or not 0 < value < math.inf:
+            raise UserError(f"images_per_second={text}: is a number above 0, or NETWORK:NUMBER,... as mbv1-0.25:9000")
+        found[name] = value
+    return found
 
 
 def reproduce(request: Request) -> int:
@@ -96,20 +106,23 @@ def reproduce(request: Request) -> int:
     from r2 import record
     from r2.plan import cost
     from r2.plan.cells import cells as planned
-    from r2.plan.check import ready
+    from r2.plan.check import check_all, ready
+    from r2.plan.speeds import Given
     from r2.report import page
 
     cells = planned(request.experiments, request.overrides)
+    given = Given(cells, request.images_per_second) if request.images_per_second else None
     out = Path(cells[0].config["out"])
     if request.plan:
-        given = request.images_per_second
-        speeds = cost.speeds_here(cells[0].config, request.records, out, given=given)
+        speeds = cost.speeds(cells[0].config["devices"], given, request.records, out)
         for line in cost.describe(cells, request.records, speeds):
             print(line)
         if speeds.device == "cpu":
             print("in GPU-hours: add images_per_second=N, as one GPU trains (a column of a run's curve-pretrain.csv)")
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]
+    if cells[0].config["check"]:
+        return check_all(missing, given)
     print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)
     ready(cell.config for cell in missing)
     reasons = run_all(missing, request.jobs, visible_gpus())

@@ -34,6 +34,8 @@ MISTAKES = {
     "seed=-1": "seed=-1",
     "seed=true": "seed=True: Input should be a valid integer",
     "seed=18446744073709551616": "less than 9223372036854775808",
+    "images_per_second=2500": "images_per_second=2500: is for a plan; add check=true",
+    "check=true images_per_second=0": "images_per_second=0: Input should be greater than 0",
     "devices=0": "devices=0: Input should be 'auto', or: Input should be greater than or equal to 1",
     "out=": "out=''",
     "data=null": "must be a string",

@@ -10,7 +10,7 @@ from filelock import FileLock
 from r2 import store
 from r2.config import UserError
 from r2.plan import check as checking
-from r2.plan import cost
+from r2.plan import step
 from r2.plan.cells import cells_of
 
 
@@ -29,7 +29,8 @@ def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
     checking.check(of_run.config)
     said = capsys.readouterr()
     for part in ("1 x CPU", "256 training and 100 validation images", "the first batch, 64 for each",
-                 "memory: training in full precision takes about 0.02 GiB of each device", "for 64 examples at once",
+                 "memory: training the float network at recipe.precision=fp32 takes about 0.02 GiB of each",
+                 "for 64 examples at once",
                  "GiB free", "kernels are", f"missing   {of_run.name}", "which need 1 pretrainings",
                  "would start"):  # fmt: skip
         assert part in said.out, part
@@ -40,7 +41,7 @@ def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
 @pytest.mark.parametrize("model, precision", [("rn18", "fp32"), ("mbv1", "fp32"), ("mbv2", "bf16")])
 def test_memory_is_what_a_real_step_keeps(model, precision):
     (of_run,) = cells_of([*SMALL, f"model={model}", f"recipe.precision={precision}"])
-    network, images, labels = cost._example(of_run.config, 8, "cpu")
+    network, images, labels = step.example(of_run.config, 8, "cpu")
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
     kept = {}
 
@@ -50,17 +51,45 @@ def test_memory_is_what_a_real_step_keeps(model, precision):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = cost._loss(of_run.config, network, images, labels)
+        loss = step.loss_of(of_run.config, network, images, labels)
     real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
-    counted, rest = (2**30 * size for size in cost.memory(of_run.config, 8))
+    counted, rest = (2**30 * size for size in step.memory(of_run.config, 8))
     assert counted == pytest.approx(real, rel=0.01)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
     loss.backward()
     optimizer.step()
     held = [t for p in network.parameters() for t in (p, p.grad, optimizer.state[p]["momentum_buffer"])]
     assert rest == sum(t.numel() * t.element_size() for t in held)
-    once, twice = (cost.memory(of_run.config, n)[0] for n in (64, 128))
+    once, twice = (step.memory(of_run.config, n)[0] for n in (64, 128))
     assert twice / once == pytest.approx(2, rel=0.05)
+
+
+def test_memory_is_of_the_precision_in_use():
+    of = {p: step.memory(cells_of(["data=imagenet", "model=mbv1", f"recipe.precision={p}"])[0].config, 64)
+          for p in ("fp32", "bf16", "fp16")}  # fmt: skip
+    assert of["bf16"] == of["fp16"] and of["bf16"][1] == of["fp32"][1]  # weights and moments stay float32
+    assert of["bf16"][0] / of["fp32"][0] == pytest.approx(0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_plan_of_another_machine_asks_nothing_of_this_one(precision, tmp_path, capsys):
+    """Neither its devices nor a data folder."""
+    words = ["data=imagenet", f"data.root={tmp_path}/none", "model=mbv1", "stage=dfq", f"recipe.precision={precision}"]
+    words += [f"out={tmp_path / 'out'}", "check=true", "devices=4096", "recipe.batch_size=8192"]
+    with pytest.raises(UserError, match="would not start: 2 problems"):
+        checking.check(cells_of(words)[0].config)
+    refused = capsys.readouterr().err
+    assert "devices=4096: this machine has" in refused and "add images_per_second=N" in refused
+    (planned,) = cells_of([*words, "images_per_second=2500"])
+    checking.check(planned.config)
+    said = capsys.readouterr()
+    for part in ("4096 GPUs of another machine", f"recipe.precision={precision} takes", "2 examples at once",
+                 "2500 images/s of one GPU as given for mbv1-1.0", "GPU-hours", "where its data and"):  # fmt: skip
+        assert part in said.out, part
+    assert not said.err and not (tmp_path / "out").exists()
+    assert planned.name == cells_of(words)[0].name
+    with pytest.raises(UserError, match="recipe: batch_size=8192 does not|would not start: 1 problem"):
+        checking.check({**planned.config, "devices": 4095})
 
 
 def test_every_problem_is_one_line(tmp_path, capsys, monkeypatch):

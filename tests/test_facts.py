@@ -8,8 +8,9 @@ from r2 import compose
 from r2.config import GROUPS, build
 from r2.data.facts import FACTS, Facts, facts
 from r2.dist import World
-from r2.plan import cost
+from r2.plan import cost, step
 from r2.plan.cells import cells_of
+from r2.plan.speeds import Given, Speeds
 
 
 def options(group):
@@ -25,8 +26,8 @@ def test_every_option_is_checked_and_its_cost_estimated(group, option, tmp_path)
     assert build(cell.config["recipe"]).batch_size and build(cell.config["stage"]).axes()
     known = facts(cell.config)
     assert known.train_images and known.val_images and known.num_classes
-    assert sum(cost.memory(cell.config, 2)) > 0
-    lines = list(cost.describe([cell], None, cost.Speeds([], "cpu", given=100.0)))
+    assert sum(step.memory(cell.config, 2)) > 0
+    lines = list(cost.describe([cell], None, Speeds([], "cpu", given=Given([cell], {"": 100.0}))))
     assert "1 runs, 0 finished, 1 missing" in " ".join(lines) and any("estimated" in line for line in lines)
 
 
@@ -35,7 +36,7 @@ def test_every_option_is_checked_and_its_cost_estimated(group, option, tmp_path)
 )
 def test_the_network_that_is_measured_has_the_datas_classes_and_size(words, classes):
     (cell,) = cells_of([*words, "model=mbv1", "model.width_mult=0.25"])
-    model, images, _ = cost._example(cell.config, 1, "meta")
+    model, images, _ = step.example(cell.config, 1, "meta")
     assert model.classifier.out_features == classes and images.shape[-1] == facts(cell.config).image_size
 
 

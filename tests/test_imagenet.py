@@ -15,7 +15,7 @@ from test_shards import encoded, photographs, prepare
 
 from r2 import compose, pack
 from r2.data.facts import FACTS
-from r2.plan import cost
+from r2.plan import step
 from r2.plan.cells import cells_of
 from r2.report import tables
 from r2.report.tables import FP32, paper
@@ -52,7 +52,7 @@ def test_what_its_header_expects_is_the_papers_and_what_is_counted(model, number
     accuracy = re.search(f"the paper's Table {number}: (.*?)\\. Time", text)[1]
     of_paper = {value for (key, column), value in paper(number).items() if key[0] == row and column == FP32}
     assert {float(value) for value in re.findall(r"\d+\.\d+", accuracy)} == of_paper
-    kept, weights = cost.memory(cell.config, 2048 // 8)
+    kept, weights = step.memory(cell.config, 2048 // 8)
     assert f"about {kept + weights:.1f} GiB of each of 8 GPUs as check=true counts it, {kept:.1f} of them" in text
     speed, hours, on_eight = re.search(r"At ([\d,]+) images/s.*: (\d+) GPU-hours, ([\d.]+) h on 8\.", text).groups()
     seconds = 300 * FACTS["imagenet"].train_images / float(speed.replace(",", ""))

@@ -1,6 +1,7 @@
 """check=true: what a run will do and whether it would start, found out without training and without writing anything.
 
 python -m r2.run data=imagenet model=rn18 devices=8 check=true
+python -m r2.run data=imagenet model=rn18 devices=8 check=true images_per_second=2500    # on a login node or a laptop
 """
 
 import contextlib
@@ -11,21 +12,20 @@ import shutil
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from r2 import store
+from r2 import record, store
 from r2.config import UserError, build, last_line
 from r2.console import say
 from r2.data.facts import facts
 from r2.dist import World, device_count
 from r2.identity import Identity
-from r2.plan import cost
+from r2.plan import cost, step
 from r2.plan.cells import Cell, cell_of
-from r2.recipe import Recipe
+from r2.plan.speeds import Given
 from r2.train import check_batches
 
 # Models that lie on the disk at the same time, at most: three checkpoints of the stage (the last, the one before, the
@@ -33,54 +33,65 @@ from r2.train import check_batches
 _COPIES = 12
 
 
-def check(config: dict) -> None:
+def check(config: dict, given: Given | None = None) -> None:
     """Say what the run will do, and one line per problem on stderr.
+
+    Args:
+        given: speeds of another machine's GPUs, as of images_per_second: the run is planned for that one, and nothing
+            is held against this one's devices, data and disk.
 
     Raises:
         UserError: the run would not start.
     """
-    cell, stage, recipe = cell_of(config), build(config["stage"]), build(config["recipe"])
-    world, classes = World(device=_device()), facts(config).num_classes or 1000
-    problems: list[str] = []
+    cell, size, problems = cell_of(config), 0, list[str]()
+    if config["images_per_second"] is not None:
+        given = Given([cell], {"": config["images_per_second"]})
+    elsewhere = given is not None
 
-    @contextlib.contextmanager
-    def noting() -> Iterator[None]:
+    def tell(lines: Iterable[str]) -> None:
         try:
-            yield
+            for line in lines:
+                say(line)
         except UserError as error:
             problems.append(last_line(error))
 
-    with noting():
-        world = replace(world, size=int(os.environ.get("WORLD_SIZE", 0)) or device_count(config["devices"]))
-        say(f"devices: {world.size} x {_device_name(world.device)}")
-        with torch.device("meta"):
-            check_batches(config["stage"], recipe, world, build(config["model"], num_classes=classes))
-        say(f"memory: {_memory(config, recipe, world)}")
-    with noting():
-        data = build(config["data"]).to(world)
-        classes = data.num_classes
-        say(f"data: {cell.axes['data']}, {data.describe()}")
-        began = time.perf_counter()
-        with contextlib.closing(data):
-            _, labels = next(data.train(recipe.batch_size, config["seed"], 0))
-        say(f"data: the first batch, {len(labels):,} for each process, took {time.perf_counter() - began:.2f} s")
-    with noting():
-        with torch.device("meta"):
-            model = build(config["model"], num_classes=classes)
-        stage.check(model, config["data"].get("calibration_images", 0))
-        say(f"disk: {_room(Path(config['out']), model)}")
-    say(f"compiler: {_compiler(world.device)}")
-    with noting():
-        for line in _progress(cell):
-            say(line)
-    with noting():
-        for line in cost.describe([cell], None, cost.speeds_here(config, Path(config["out"]))):
-            say(line)
+    try:
+        size = cost.processes(config["devices"], elsewhere)
+    except UserError as error:
+        problems.append(last_line(error))
+    world = World(size=max(1, size), device=_device())
+    if elsewhere:
+        say(f"devices: {size} GPUs of another machine; data, disk and compiler are not looked at here")
+    elif size:
+        say(f"devices: {size} x {_device_name(world.device)}")
+    if size:
+        tell(_training(config, world))
+    if not elsewhere:
+        tell(_data(cell, world))
+        tell(_disk(config))
+        say(f"compiler: {_compiler(world.device)}")
+    tell(_fits(config))
+    tell(_progress(cell))
+    if size:
+        tell(_time(cell, given))
     for problem in problems:
         print(f"r2: {problem}", file=sys.stderr)
     if problems:
         raise UserError(f"the run would not start: {len(problems)} problem{'s' * (len(problems) > 1)}, see above")
-    say("the run would start")
+    say("the run would start" + " where its data and devices are" * elsewhere)
+
+
+def check_all(cells: list[Cell], given: Given | None) -> int:
+    """Check many runs, as `check` does; returns how many would not start."""
+    failed = 0
+    for cell in cells:
+        say(record.command(cell.config))
+        try:
+            check(cell.config, given)
+        except UserError as error:
+            failed += 1
+            print(f"r2: {error}", file=sys.stderr)
+    return failed
 
 
 def ready(configs: Iterable[dict]) -> None:
@@ -110,13 +121,46 @@ def _device_name(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, {free:.0f} of {total:.0f} GiB free"
 
 
-def _memory(config: dict, recipe: Recipe, world: World) -> str:
+def _network(config: dict) -> nn.Module:
+    """The config's model without values."""
+    with torch.device("meta"):
+        return build(config["model"], num_classes=facts(config).num_classes or 1000)  # where unknown: it hardly counts
+
+
+def _training(config: dict, world: World) -> Iterator[str]:
+    """Whether the batches can be shared out, and the memory that one takes."""
+    recipe = build(config["recipe"])
+    check_batches(config["stage"], recipe, world, _network(config))
     examples = recipe.batch_size // world.size // recipe.accumulate
-    kept, weights = cost.memory(config, examples)
-    return (
-        f"training in full precision takes about {kept + weights:.2f} GiB of each device, {kept:.2f} of them for "
-        f"{examples:,} examples at once (twice the recipe.accumulate halves them)"
+    kept, weights = step.memory(config, examples)
+    yield (
+        f"memory: training the float network at recipe.precision={recipe.precision} takes about {kept + weights:.2f} "
+        f"GiB of each device, {kept:.2f} of them for {examples:,} examples at once (twice the recipe.accumulate "
+        "halves them)"
     )
+
+
+def _data(cell: Cell, world: World) -> Iterator[str]:
+    data = build(cell.config["data"]).to(world)
+    yield f"data: {cell.axes['data']}, {data.describe()}"
+    began = time.perf_counter()
+    with contextlib.closing(data):
+        _, labels = next(data.train(cell.config["recipe"]["batch_size"], cell.config["seed"], 0))
+    yield f"data: the first batch, {len(labels):,} for each process, took {time.perf_counter() - began:.2f} s"
+
+
+def _disk(config: dict) -> Iterator[str]:
+    yield f"disk: {_room(Path(config['out']), _network(config))}"
+
+
+def _fits(config: dict) -> Iterator[str]:
+    """Nothing, unless the stage refuses the model."""
+    build(config["stage"]).check(_network(config), config["data"].get("calibration_images", 0))
+    yield from ()
+
+
+def _time(cell: Cell, given: Given | None) -> Iterator[str]:
+    yield from cost.describe([cell], None, cost.speeds(cell.config["devices"], given, Path(cell.config["out"])))
 
 
 def _room(out: Path, model: nn.Module) -> str:
