@@ -1,6 +1,7 @@
 """The command line: starts what it is handed under Hydra; every mistake is one line. Imports no torch."""
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -27,7 +28,13 @@ def refuse(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """A user's mistake inside ends the program with its line and status 2; a reader that left (| head) is no error."""
+    """A user's mistake inside ends the program with its line and status 2; a reader that left (| head) is no error.
+
+    Names of files need not be UTF-8: what a terminal cannot show is escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()

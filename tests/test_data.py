@@ -1,11 +1,16 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from r2.config import UserError
 from r2.data.batches import IGNORED
 from r2.data.folder import Folder, imagenet
+from r2.data.images import decode
 from r2.data.memory import digits, fashion_mnist
 from r2.dist import World
 
@@ -73,3 +78,58 @@ def test_truncated_fashion_mnist(tmp_path):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0" * 1000)
     with pytest.raises(UserError, match="train-images-idx3-ubyte: is truncated"):
         fashion_mnist(str(tmp_path))
+
+
+@pytest.mark.parametrize("extension", IMG_EXTENSIONS)
+def test_every_image_that_image_folder_reads(tmp_path, extension):
+    """The pixels are those of torchvision's default loader; a lossy format may be decoded by another library."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    written = []
+    for mode in ("RGB", "L", "RGBA", "P", "1", "LA", "CMYK", "I;16"):
+        image = Image.fromarray(pixels)
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
+        path = tmp_path / f"{mode.strip(';')}{extension}"
+        try:
+            image.save(path)
+        except OSError:  # the format has no such mode
+            continue
+        written.append(mode)
+        expected = pil_to_tensor(default_loader(str(path))).int()
+        found = decode(torch.from_numpy(np.fromfile(path, np.uint8))).int()
+        assert found.shape == expected.shape, mode
+        if mode == "I;16":  # PIL cuts 16 bits off at 255, torchvision scales them
+            assert torch.equal(found[0], torch.from_numpy(pixels[..., 0]).int()) or torch.equal(found, expected)
+        elif mode in ("RGBA", "LA") and extension == ".webp":  # PIL keeps what is under transparent pixels
+            assert (found - expected).abs().float().mean() < 8
+        else:
+            lossless = extension in (".bmp", ".ppm", ".pgm", ".png", ".tif", ".tiff")
+            assert (found - expected).abs().max() <= (0 if lossless else 8), mode
+    assert "L" in written
+
+
+def test_what_begins_with_a_dot_is_no_image_and_no_class(tmp_path):
+    data = folder(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / ".ipynb_checkpoints").mkdir()
+        (tmp_path / split / ".DS_Store").write_bytes(b"\0")
+        for image in list((tmp_path / split).rglob("*.jpeg")):
+            image.with_name(f"._{image.name}").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X")
+        hidden = tmp_path / split / "n0001" / ".thumbs"
+        hidden.mkdir()
+        (hidden / "0.jpeg").write_bytes(b"not an image")
+    again = Folder(str(tmp_path), 3, 32, 0, "error", 4)
+    assert (again.train_images, again.val_images) == (data.train_images, data.val_images)
+    assert again.fingerprint() == data.fingerprint()
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path, capsys):
+    data = folder(tmp_path)
+    place = os.fsencode(tmp_path / "val" / "n0001")
+    os.rename(place + b"/3.jpeg", place + b"/caf\xe9.jpeg")
+    renamed = Folder(str(tmp_path), 3, 32, 0, "error", 4)
+    assert renamed.fingerprint() != data.fingerprint()  # the names are part of what was trained on
+    assert sum(len(y) for _, y in renamed.to(World()).val(4)) == 18
+    with open(place + b"/caf\xe9.jpeg", "wb") as file:
+        file.write(b"not an image")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        list(renamed.val(4))

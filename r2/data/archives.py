@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from r2.config import UserError
+from r2.data.folder import Visible, is_image
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 Map = Callable[[Callable, Iterable, str], list]  # (function, items, what it does) to the results, in order
@@ -35,7 +33,7 @@ def from_folder(source: Path) -> tuple[list[str], Splits]:
     classes: dict[str, list[str]] = {}
     for split in ("train", "val"):
         try:
-            found = ImageFolder(str(source / split))
+            found = Visible(str(source / split))
         except FileNotFoundError as error:
             raise UserError(f"--source {source}: {str(error).splitlines()[0]}") from None
         names, classes[split] = found.classes, found.classes
@@ -60,8 +58,10 @@ def from_archives(source: Path, parallel: Map) -> tuple[list[str], Splits]:
     label = {wnid: i for i, wnid in enumerate(classes)}
     splits: Splits = {"train": [], "val": []}
     for (*_, wnid), found in zip(inner, parallel(members, inner, "reading"), strict=True):
-        splits["train"] += [Entry(train, at, n, label[wnid], f"{wnid}/{name}") for name, at, n in found if image(name)]
-    found = sorted(member for member in members((val, 0)) if image(member[0]))
+        splits["train"] += [
+            Entry(train, at, n, label[wnid], f"{wnid}/{name}") for name, at, n in found if is_image(name)
+        ]
+    found = sorted(member for member in members((val, 0)) if is_image(member[0]))
     if len(found) != len(truth):
         raise UserError(f"{val}: has {len(found)} images, the ground truth in {DEVKIT} {len(truth)}")
     for (name, at, n), number in zip(found, truth, strict=True):  # ILSVRC2012_val_00000001.JPEG is line 1
@@ -70,24 +70,23 @@ def from_archives(source: Path, parallel: Map) -> tuple[list[str], Splits]:
     return classes, {split: sorted(entries, key=lambda e: (e.label, e.name)) for split, entries in splits.items()}
 
 
-def image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
 def members(archive: tuple) -> list[tuple[str, int, int]]:
-    """(file name without folders, offset, length) of the files of a tar (path, offset of the tar in that file, ...)."""
+    """(file name without folders, offset, length) of the files of a tar (path, offset of the tar in that file, ...).
+
+    Names that begin with a dot are left out.
+    """
     path, offset = archive[:2]
     try:
         with open(path, "rb") as file:
             file.seek(offset)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                found = [(Path(m.name).name, m.offset_data, m.size) for m in tar if m.isfile()]
+                files = [(Path(m.name).name, m.offset_data, m.size) for m in tar if m.isfile()]
         size = os.path.getsize(path)
-        if found and found[-1][1] + found[-1][2] > size:
+        if files and files[-1][1] + files[-1][2] > size:
             raise tarfile.ReadError("it ends early")
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{path}: cannot be read as a tar ({error}); download it again") from None
-    return found
+    return [file for file in files if not file[0].startswith(".")]
 
 
 def read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:

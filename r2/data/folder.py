@@ -5,11 +5,35 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from r2.config import Count, CountOrZero, UserError
 from r2.data.batches import Data
 from r2.data.images import Images
+
+
+class Visible(ImageFolder):
+    """ImageFolder without names that begin with a dot: macOS's ._x.jpg beside x.jpg, .ipynb_checkpoints."""
+
+    def __init__(self, root: str):
+        super().__init__(root, is_valid_file=lambda path: is_image(path[len(root) :]))
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = class_folders(Path(directory))
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def class_folders(split: Path) -> list[str]:
+    """The names of the folders that are classes, in the order of their labels; none where there is no such split."""
+    return sorted(p.name for p in split.iterdir() if p.is_dir() and p.name[0] != ".") if split.is_dir() else []
+
+
+def is_image(path: str) -> bool:
+    """By its extension; nothing on the way to it may begin with a dot."""
+    return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in os.sep + path
 
 
 class Files:
@@ -22,9 +46,7 @@ class Files:
         self.labels = np.array([label for _, label in samples], dtype=np.int64)
 
     def read(self, index: int) -> Tensor:
-        from torchvision.io import read_file
-
-        return read_file(self.name(index))
+        return torch.from_numpy(np.fromfile(self.name(index), np.uint8))  # torchvision's reader wants a name in UTF-8
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, os.fsdecode(self.names[index]))
@@ -42,11 +64,9 @@ class Folder(Images):
         on_bad_image: str,
         calibration_images: int,
     ):
-        from torchvision.datasets import ImageFolder
-
         folders = [Path(root) / split for split in ("train", "val")]
-        classes = [{p.name for p in f.iterdir() if p.is_dir()} if f.is_dir() else set() for f in folders]
-        alone = sorted(classes[0] ^ classes[1])
+        classes = [class_folders(folder) for folder in folders]
+        alone = sorted(set(classes[0]) ^ set(classes[1]))
         differ = f"train and val differ in class folders: {', '.join(alone[:5])}" if alone else ""
         for folder, names in zip(folders, classes, strict=True):
             if len(names) != num_classes:
@@ -55,7 +75,7 @@ class Folder(Images):
         if differ:
             raise UserError(f"data.root={root}: {differ}")
         try:
-            train, val = (Files(str(folder), ImageFolder(str(folder)).samples) for folder in folders)
+            train, val = (Files(str(folder), Visible(str(folder)).samples) for folder in folders)
         except FileNotFoundError as error:
             raise UserError(f"data.root={root}: {str(error).splitlines()[0]}") from None
         super().__init__(train, val, num_classes, image_size, workers, on_bad_image, calibration_images)

@@ -5,6 +5,7 @@ number of the place and the labels go through a queue. So a batch is copied once
 """
 
 import contextlib
+import io
 import multiprocessing
 import re
 import shutil
@@ -294,20 +295,40 @@ class _Decoder(torch.utils.data.Dataset):
 
 
 def decode(encoded: Tensor) -> Tensor:
-    """uint8 pixels (3, h, w) of a JPEG, PNG, WebP or GIF: CMYK, grey, alpha and 16 bits become plain RGB.
+    """uint8 pixels (3, h, w) of an image: CMYK, grey, palettes, alpha and 16 bits become plain RGB.
+
+    JPEG, PNG, WebP and GIF by torchvision, which is faster; what it does not take, BMP and TIFF among others, by PIL.
 
     Raises:
-        RuntimeError: not such an image, or damaged.
+        RuntimeError: not an image, or damaged.
     """
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms.v2.functional import to_dtype
 
     if len(encoded) == 0:
         raise RuntimeError("is empty")
-    image = decode_image(encoded, mode=ImageReadMode.RGB)
+    try:
+        image = decode_image(encoded, mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        return _decode_by_pil(encoded, error)
     if image.ndim == 4:  # an animation
         image = image[0]
     return image if image.dtype == torch.uint8 else to_dtype(image, torch.uint8, scale=True)
+
+
+def _decode_by_pil(encoded: Tensor, first: RuntimeError) -> Tensor:
+    """
+    Raises:
+        RuntimeError: `first`, if PIL cannot read it either.
+    """
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    try:
+        with Image.open(io.BytesIO(encoded.numpy().tobytes())) as image:
+            return pil_to_tensor(image.convert("RGB"))
+    except Exception:  # PIL's plugins raise many kinds
+        raise first from None
 
 
 def reason(error: Exception) -> str:
