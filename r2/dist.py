@@ -269,15 +269,22 @@ def _join(function: Callable, config: dict) -> Any:
     try:
         result = function(config, world)
     except UserError as error:
-        # A mistake is mostly every rank's: rank 0 tells it and leaves, and the launcher ends the others meanwhile.
-        time.sleep(3 * (not world.main))
-        print(f"r2: {last_line(error)}", file=sys.stderr, flush=True)
+        if _first_to_tell():
+            print(f"r2: {last_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError as error:
         _name_the_hung(world, config["dist_timeout_seconds"], error)
         raise
     td.destroy_process_group()
     return result
+
+
+def _first_to_tell() -> bool:
+    """A mistake is mostly every rank's, and told once."""
+    try:
+        return td.distributed_c10d._get_default_store().add("r2/told", 1) == 1
+    except RuntimeError:
+        return False  # who kept the store has told it and left
 
 
 def _name_the_hung(world: World, seconds: float, error: RuntimeError) -> None:
