@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Phase:
             print(f"{self.name}: {text}", file=sys.stdout, flush=True)
 
 
-def comparison(records: list[dict]) -> None:
+def comparison(records: Sequence[Mapping[str, Any]]) -> None:
     """The closing table of a sweep: a row per pretrained model, a column per stage with its accuracy and file."""
     rows: dict[tuple, dict[str, str]] = {}
     for record in records:
@@ -85,7 +86,7 @@ def _noteworthy(details: dict) -> list[tuple[str, Any]]:
     return [(title, f"{len(names)}: {', '.join(names[:5])}" + ", ..." * (len(names) > 5)) for title, names in found]
 
 
-def summary(record: dict, directory: Path) -> None:
+def summary(record: Mapping[str, Any], directory: Path) -> None:
     """The closing table of one run."""
     table = Table(title=record["name"], title_justify="left", show_header=False)
     table.add_column(no_wrap=True)

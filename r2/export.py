@@ -280,12 +280,12 @@ def _export_run(run: Path, path: Path) -> None:
         if not isinstance(images, Tensor):
             raise UserError(f"{run}: its model reads text, and only models of images are exported")
         to_onnx(model, path, images)
-        found = check(model, path, data, world)
+        checked = check(model, path, data, world)
     print(f"file                {path}, {path.stat().st_size / 2**20:.3f} MiB")
-    print(f"images              {found['images']}")
-    print(f"top-1               torch {found['torch_top1']:.2f} %, onnxruntime {found['onnx_top1']:.2f} %")
-    print(f"equal predictions   {found['equal_predictions']:.2f} %")
-    print(f"largest difference  {found['largest_difference']:.2g} of a logit")
+    print(f"images              {checked['images']}")
+    print(f"top-1               torch {checked['torch_top1']:.2f} %, onnxruntime {checked['onnx_top1']:.2f} %")
+    print(f"equal predictions   {checked['equal_predictions']:.2f} %")
+    print(f"largest difference  {checked['largest_difference']:.2g} of a logit")
 
 
 if __name__ == "__main__":

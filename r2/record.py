@@ -7,16 +7,59 @@ import math
 import platform
 import shlex
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from r2.config import UserError
 from r2.paths import REPOSITORY
 
 SCHEMA = 2
 _PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn", "transformers")
+
+
+class Record(TypedDict):
+    """One measured run as it lies in record.json; the keys below are what reports read.
+
+    Attributes:
+        axes: the row, column and seed that it fills in a table.
+        metrics, fp32, initial: top-1 and top-5 in percent, the loss and the number of images; of the compressed model,
+            of the pretrained one, and of the one that the stage began to train.
+        size: bits per weight and bytes; `file_mib` of the packed file.
+        sqnr_db, details: as `Outcome` has them; `details` also names what is to be noted.
+        weights: per layer, initial, pretrained and final.
+        overrides: the words of the command line, choices: the option of each group, config: every value.
+    """
+
+    schema: int
+    name: str
+    axes: dict[str, Any]
+    metrics: dict[str, float]
+    fp32: dict[str, float] | None
+    initial: dict[str, float] | None
+    size: dict[str, Any]
+    sqnr_db: dict[str, float | None] | None
+    details: dict[str, Any] | None
+    epochs: dict[str, int]
+    seconds: dict[str, float]
+    images_per_second: dict[str, float | None]
+    timing: dict[str, Any]
+    processes: int
+    train_images: int
+    skipped_images: int
+    weights_summary: dict[str, float]
+    weights: dict[str, dict[str, dict[str, float]]]
+    sha256: dict[str, str | None]
+    command: str
+    overrides: list[str]
+    config: dict[str, Any]
+    choices: dict[str, str]
+    device: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -138,7 +181,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def find(folder: Path) -> list[dict]:
+def find(folder: Path) -> list[Record]:
     """Every record under `folder`: <run>/record.json of runs, or diverged.json of those that have none, records/*.json
     of collected ones, or its own *.json.
 
@@ -156,7 +199,7 @@ def of_run(directory: Path) -> Path:
     return diverged if diverged.exists() and not record.exists() else record
 
 
-def read_all(folder: Path) -> list[dict]:
+def read_all(folder: Path) -> list[Record]:
     """As `find`.
 
     Raises:
@@ -168,7 +211,7 @@ def read_all(folder: Path) -> list[dict]:
     return records
 
 
-def read(path: Path, name: str | None = None) -> dict:
+def read(path: Path, name: str | None = None) -> Record:
     """One record; with `name`, of the run of that name.
 
     Raises:
@@ -187,7 +230,7 @@ def read(path: Path, name: str | None = None) -> dict:
         raise UserError(f"{path}: altered after it was written (sha256); move it away to run again")
     if name is not None and found["name"] != name:
         raise UserError(f"{path}: is the record of {found['name']}; move it away to run again")
-    return found
+    return cast(Record, found)
 
 
 def of_diverged(
@@ -199,7 +242,7 @@ def of_diverged(
     reason: Exception,
     data: Any,
     world: Any,
-) -> dict:
+) -> Record:
     """The record of a run whose training diverged: its accuracy is chance, the reason a detail.
 
     Args:
@@ -224,7 +267,7 @@ def make(
     outcome: Outcome,
     data: Any,
     world: Any,
-) -> dict:
+) -> Record:
     """Gather a run's record."""
     from r2 import store
     from r2.pack import size
@@ -274,7 +317,7 @@ def make(
         }
     )
     found = json.loads(json.dumps(found, default=str))  # as it will be read
-    return {**found, "digest": digest(found)}
+    return cast(Record, {**found, "digest": digest(found)})
 
 
 def _details(outcome: Outcome) -> dict | None:
@@ -283,7 +326,7 @@ def _details(outcome: Outcome) -> dict | None:
     return {**(outcome.details or {}), "below_1_db": lost} if lost else outcome.details
 
 
-def digest(found: dict) -> str:
+def digest(found: Mapping[str, Any]) -> str:
     """sha256 of a record without its own; a change by hand, or a merge, shows."""
     text = json.dumps({key: value for key, value in found.items() if key != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

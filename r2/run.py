@@ -14,9 +14,10 @@ from r2.identity import axes, of_run
 
 if TYPE_CHECKING:
     from r2.dist import World
+    from r2.record import Record
 
 
-def start(config: dict) -> dict | None:
+def start(config: dict) -> "Record | None":
     """Run a checked plain config on its devices; returns the record."""
     if config["check"]:
         from r2.plan.check import check
@@ -35,7 +36,7 @@ def ready(configs: list[dict]) -> None:
     ready(configs)
 
 
-def experiment(config: dict, world: "World") -> dict:
+def experiment(config: dict, world: "World") -> "Record":
     """The whole experiment on one rank; returns the record."""
     import torch
 
@@ -88,7 +89,7 @@ def experiment(config: dict, world: "World") -> dict:
     return found
 
 
-def compare(records: list[dict]) -> None:
+def compare(records: "list[Record]") -> None:
     """The end of a sweep."""
     from r2.report.layer import compare
 

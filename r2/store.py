@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,7 +261,7 @@ class Run:
             writer.writerows(rows)
             write(self.directory / f"curve-{phase}.csv", text.getvalue().encode())
 
-    def finish(self, model: nn.Module, found: dict) -> None:
+    def finish(self, model: nn.Module, found: Mapping[str, Any]) -> None:
         """Write the final weights and then the record, whose presence says that the run is finished."""
         if self.world.main:
             save(self.directory / "model.pt", {"format": "r2", "key": self.key, "model": model.state_dict()})
@@ -271,7 +271,7 @@ class Run:
             (self.directory / "diverged.json").unlink(missing_ok=True)  # of an earlier version, or repeated by force
         self.world.barrier()
 
-    def note_diverged(self, found: dict) -> None:
+    def note_diverged(self, found: Mapping[str, Any]) -> None:
         """The record of a training that diverged; the run is not finished, and the same command tries again."""
         if self.world.main:
             write_json(self.directory / "diverged.json", found)

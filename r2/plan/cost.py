@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -86,9 +85,9 @@ def speeds(devices: int | str, given: Given | None, *folders: Path | None) -> Sp
     return Speeds(known_records([RESULTS / "records", *folders]), device, processes(devices, given is not None), given)
 
 
-def known_records(folders: Iterable[Path | None]) -> list[dict[str, Any]]:
+def known_records(folders: Iterable[Path | None]) -> list[record.Record]:
     """Every record of the folders that exist."""
-    found = []
+    found: list[record.Record] = []
     for folder in folders:
         if folder is not None and folder.is_dir():
             found += record.find(folder)

@@ -10,6 +10,7 @@ from r2.data.facts import facts
 from r2.plan import step
 from r2.plan.cells import Cell
 from r2.quantizers.layers import quantizable
+from r2.record import Record
 
 UNKNOWN = "unknown"
 # Of post-training stages, by results/records. In training steps of one image, for one calibration image: AIMET
@@ -104,7 +105,7 @@ class Speeds:
         given: speeds of one process in training, instead of what records tell.
     """
 
-    def __init__(self, records: list[dict], device: str, processes: int = 1, given: Given | None = None):
+    def __init__(self, records: list[Record], device: str, processes: int = 1, given: Given | None = None):
         self.device, self.processes, self.given = device, processes, given
         self._known: dict[tuple, Rate] = {}
         for found in records:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from r2.record import Record
 from r2.report.style import INK, colour, label, ordered
 from r2.report.tables import FP32, TABLES, column
 
@@ -20,7 +21,7 @@ POST_TRAINING = ("none", "dfq", "adaround")
 MARKERS = {"none": "o", "dfq": "s", "adaround": "^", "pact": "P", "lsq": "v", "ewgs": "D", "dkm": "X"}
 
 
-def bits_rows(records: list[dict]) -> list[list]:
+def bits_rows(records: list[Record]) -> list[list]:
     """[model, panel, place, text, reg, seed, top1] of every run that compresses all layers, and of full precision.
 
     A panel is [rank, title]; a place orders the texts under its x axis.
@@ -41,7 +42,7 @@ def bits_rows(records: list[dict]) -> list[list]:
     return sorted(rows.values())
 
 
-def _who(record: dict) -> tuple:
+def _who(record: Record) -> tuple:
     return tuple(record["axes"][key] for key in ("model", "reg", "seed"))
 
 
@@ -65,7 +66,7 @@ def accuracy_bits(rows: list[list]) -> tuple[Figure, str]:
     )
 
 
-def weight_rows(records: list[dict]) -> list[list]:
+def weight_rows(records: list[Record]) -> list[list]:
     """[model, panel, weight, text, reg, seed, top1] of the regularizers that were tried with several weights: of full
     precision and of Tables 2 and 3.
 
@@ -141,7 +142,7 @@ def _same_axis(panels: list[tuple[Axes, str]]) -> None:
             ax.set_ylim(low, high)
 
 
-def size_rows(records: list[dict]) -> list[list]:
+def size_rows(records: list[Record]) -> list[list]:
     """[model, reg, stage, MiB of the compressed file, top1] of every run that wrote one."""
     found = ([*_who(r)[:2], r["axes"]["stage"], r["size"]["file_mib"], r["metrics"]["top1"]] for r in records)
     return sorted(row for row in found if row[3] is not None)

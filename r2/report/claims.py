@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from r2.record import Record
 from r2.report.statistics import Estimate, Sample, contrast, holm, seeds_to_decide
 from r2.report.tables import FP32, OUTCOMES, Cells, Column, Outcome, Protocol, measured, paper, with_weight
 
@@ -204,7 +205,7 @@ def of_paper(claim: Claim) -> float | None:
     return found.effect if found else None
 
 
-def findings(records: Iterable[dict]) -> dict[Protocol, dict[str, list[tuple[Claim, Finding]]]]:
+def findings(records: Iterable[Record]) -> dict[Protocol, dict[str, list[tuple[Claim, Finding]]]]:
     """For each protocol the claims that its records can be asked about: with the regularizers' own weights, under '',
     and for each other weight of R2 those that compare it, under that weight."""
     listed = list(records)
@@ -252,7 +253,7 @@ def heading(key: Protocol, weight: str) -> str:
     return key.label + (f"; R2 with a weight of {weight}" if weight else "")
 
 
-def markdown(records: Iterable[dict]) -> str:
+def markdown(records: Iterable[Record]) -> str:
     parts = [
         "# The paper's claims\n\nEffects are points of top-1 unless a unit stands there: dB of the mean SQNR of 4-bit "
         "rounding over layers, or the mean over layers\nof log(max|w| / std), the crest. Regularizers are independent "

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r2.record import Record
 from r2.report.tables import column, protocol, row
 from r2.report.trained import Trained, collect, most_common, read
 
@@ -43,7 +44,7 @@ class Planned:
     draw: Callable[[], tuple["Figure", str]]
 
 
-def _planned(records: list[dict], weights: Path) -> Iterator[Planned]:
+def _planned(records: list[Record], weights: Path) -> Iterator[Planned]:
     from r2.report import accuracy, folding, style
     from r2.report import weights as drawn
 
@@ -80,7 +81,7 @@ def digest(planned: Planned) -> str:
     return hashlib.sha256(json.dumps([planned.name, planned.inputs]).encode()).hexdigest()
 
 
-def write(records: list[dict], weights: Path, out: Path) -> list[Path]:
+def write(records: list[Record], weights: Path, out: Path) -> list[Path]:
     """Draw every figure that has data: figure1, figure2_<model>, range_<model>, accuracy_bits, accuracy_size,
     accuracy_weight and accuracy_folding.
 
@@ -121,7 +122,7 @@ def write(records: list[dict], weights: Path, out: Path) -> list[Path]:
     return paths
 
 
-def stale(records: list[dict], weights: Path, out: Path) -> list[str]:
+def stale(records: list[Record], weights: Path, out: Path) -> list[str]:
     """The files that `write` would make and that are missing in `out`, or show other data."""
     expected = {f"{p.name}.{suffix}": digest(p) for p in _planned(records, weights) for suffix in SUFFIXES}
     return [name for name, sha256 in expected.items() if not _shows(out / name, sha256)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from r2 import store
 from r2.config import build
+from r2.record import Record
 from r2.report.style import INK, colour, label, ordered
 from r2.report.tables import Column, column
 
@@ -44,7 +45,7 @@ def _over_median(sizes: Tensor) -> float:
 
 
 @torch.no_grad()
-def collect(pretrained: Path, into: Path, records: list[dict]) -> None:
+def collect(pretrained: Path, into: Path, records: list[Record]) -> None:
     """Write into/folding.csv: the most uneven folded layer of each pretraining that `records` were made from."""
     configs = {r["sha256"]["pretrained"]: r["config"] for r in records if r["sha256"]["pretrained"]}
     rows = {}
@@ -69,7 +70,7 @@ def collect(pretrained: Path, into: Path, records: list[dict]) -> None:
         store.write(store.make_directory(into) / "folding.csv", text.getvalue().encode())
 
 
-def folding_rows(records: list[dict], weights: Path) -> list[list[Any]]:
+def folding_rows(records: list[Record], weights: Path) -> list[list[Any]]:
     """[model, reg, folded spread, top1] of every run with nearest rounding and AIMET's own folding whose pretraining
     is in folding.csv.
     """

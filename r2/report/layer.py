@@ -7,16 +7,17 @@ from matplotlib.figure import Figure
 
 from r2 import console, store
 from r2.identity import of_pretraining
+from r2.record import Record
 from r2.report.style import colour, label
 
 
-def widest(record: dict) -> str:
+def widest(record: Record) -> str:
     """The layer whose range is the largest multiple of its standard deviation, after pretraining."""
     layers = {name: w for name, w in record["weights"]["pretrained"].items() if w["std"]}
     return max(layers, key=lambda name: layers[name]["range"] / layers[name]["std"])
 
 
-def weights(record: dict, layer: str) -> np.ndarray | None:
+def weights(record: Record, layer: str) -> np.ndarray | None:
     """A layer's weights after the pretraining that a run has started from; None if it has none, or it is gone.
 
     Raises:
@@ -28,7 +29,7 @@ def weights(record: dict, layer: str) -> np.ndarray | None:
     return store.load(path, "model", "info")["model"][layer].float().numpy().ravel()
 
 
-def write(records: list[dict], path: Path) -> bool:
+def write(records: list[Record], path: Path) -> bool:
     """Draw the first record's widest layer, a histogram for each regularizer; False where there is nothing to draw."""
     layer = widest(records[0])
     of_reg = {record["axes"]["reg"]: record for record in reversed(records) if record["axes"]["model"] ==
@@ -50,7 +51,7 @@ def write(records: list[dict], path: Path) -> bool:
     return True
 
 
-def beside(records: list[dict], path: Path) -> None:
+def beside(records: list[Record], path: Path) -> None:
     """`write`, unless it has been; no run fails for its picture."""
     try:
         if path.exists() or write(records, path):
@@ -59,7 +60,7 @@ def beside(records: list[dict], path: Path) -> None:
         console.say(f"{path}: not drawn ({type(error).__name__}: {error})")
 
 
-def compare(records: list[dict]) -> None:
+def compare(records: list[Record]) -> None:
     """The end of a sweep: a table of its runs, and one layer under each of their regularizers."""
     console.comparison(records)
     if len({record["axes"]["reg"] for record in records}) > 1:

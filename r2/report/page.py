@@ -8,6 +8,7 @@ from typing import Any
 
 from r2 import record
 from r2.paths import REPOSITORY, RESULTS
+from r2.record import Record
 from r2.report import claims, figures, folding, tables
 from r2.report.tables import FP32, REGULARIZERS, TABLES, Cells, Column, Protocol, Row
 from r2.store import make_directory
@@ -48,7 +49,7 @@ def write(folder: Path, pretrained: Path | None = None) -> list[Path]:
     return written
 
 
-def page(records: list[dict], folder: Path) -> str:
+def page(records: list[Record], folder: Path) -> str:
     """The HTML page, self-contained."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -84,11 +85,11 @@ def page(records: list[dict], folder: Path) -> str:
     )
 
 
-def _data(records: Iterable[dict]) -> list[str]:
+def _data(records: Iterable[Record]) -> list[str]:
     return sorted({found["axes"]["data"] for found in records})
 
 
-def _commands(records: list[dict]) -> dict[tuple[Row, Column], list[str]]:
+def _commands(records: list[Record]) -> dict[tuple[Row, Column], list[str]]:
     """The commands of each cell's runs, in the order of their seeds; full precision is every run's."""
     found: dict[tuple[Row, Column], list[str]] = {}
     for run in sorted(records, key=lambda r: r["axes"]["seed"]):
@@ -145,7 +146,7 @@ def _notes(path: Path) -> str:
     return MarkdownIt("commonmark", {"html": False}).enable("table").render(path.read_text()) if path.exists() else ""
 
 
-def _provenance(records: list[dict]) -> str:
+def _provenance(records: list[Record]) -> str:
     """With what a study's runs were made, as far as it differs between them."""
     torch = sorted({r["versions"]["torch"] for r in records})
     devices = sorted({f"{r['device']['type']} ({r['device']['threads']} threads)" for r in records})
@@ -159,7 +160,7 @@ def _provenance(records: list[dict]) -> str:
 SHOWN = [FP32, Column("none", 4, 8), Column("ewgs", 2, 2), Column("dkm", 1, None, 1)]
 
 
-def block(records: list[dict]) -> str:
+def block(records: list[Record]) -> str:
     """The README's results, of the largest study: one row per model and regularizer, and the verdicts."""
     studies = tables.measured(records)
     counts = {key: sum(tables.protocol(r) == key for r in records) for key in studies}
@@ -182,7 +183,7 @@ def _effects(claim: claims.Claim, finding: claims.Finding) -> list[str]:
     return ["-" if of_paper is None else f"{of_paper:+.1f}", f"{finding.effect:+.1f}{claims.UNITS[claim.outcome]}"]
 
 
-def with_block(readme: str, records: list[dict]) -> str:
+def with_block(readme: str, records: list[Record]) -> str:
     """`readme` with the generated block between its marks."""
     head, _, rest = readme.partition(MARKS[0])
     return f"{head}{MARKS[0]}\n{block(records)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"

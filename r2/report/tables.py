@@ -10,11 +10,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from statistics import fmean, stdev
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from r2.config import UserError
 from r2.data.facts import FACTS
 from r2.paths import PAPER
+from r2.record import Record
 
 REGULARIZERS = {
     "l2": "L2",
@@ -101,7 +102,7 @@ class Protocol(NamedTuple):
         return self.data == self.recipe and self.data in _OF_PAPER and not self.changed
 
 
-def protocol(record: dict) -> Protocol:
+def protocol(record: Record) -> Protocol:
     recipe = record["config"]["recipe"]
     overrides = [word.partition("=") for word in record["overrides"]]
     changed = sorted(f"{key}={value}" for key, _, value in overrides if key not in _AXES | _PLACES)
@@ -118,13 +119,13 @@ Cells = dict[tuple[Row, Column], dict[int, float]]  # to an outcome by seed
 Outcome = Literal["top1", "sqnr", "crest"]
 
 
-def column(record: dict) -> Column:
+def column(record: Record) -> Column:
     aimet = "stage.fold_constant=false" in record["overrides"]
-    of_run = Column(*[record["axes"].get(name) for name in Column._fields[:-1]])
-    return of_run._replace(folding="aimet" if aimet else None)
+    axes: dict[str, Any] = {name: record["axes"].get(name) for name in Column._fields}
+    return Column(**{**axes, "folding": "aimet" if aimet else None})
 
 
-def row(record: dict) -> Row:
+def row(record: Record) -> Row:
     weights = [word.partition("=")[2] for word in record["overrides"] if word.startswith("reg.weight=")]
     return record["axes"]["model"], " ".join([record["axes"]["reg"], *weights])
 
@@ -141,7 +142,7 @@ def with_weight(cells: Cells, regs: tuple[str, ...], weight: str) -> Cells:
     return {((model, renamed.get(reg, reg)), c): of for ((model, reg), c), of in cells.items() if reg not in regs}
 
 
-def _top1(record: dict) -> dict[Column, float]:
+def _top1(record: Record) -> dict[Column, float]:
     found = {}
     if record["axes"]["stage"] != "fp32":
         found[column(record)] = record["metrics"]["top1"]
@@ -150,24 +151,24 @@ def _top1(record: dict) -> dict[Column, float]:
     return found
 
 
-def _sqnr(record: dict) -> dict[Column, float]:
+def _sqnr(record: Record) -> dict[Column, float]:
     """dB of the rounded weights before calibration finds ranges of activations: the mean over layers."""
     layers = (record["details"] or {}).get("weight_sqnr_db") or {}
     values = [value for value in layers.values() if value is not None]
     return {column(record): fmean(values)} if values and record["axes"]["stage"] == "none" else {}
 
 
-def _crest(record: dict) -> dict[Column, float]:
+def _crest(record: Record) -> dict[Column, float]:
     """log(max|w| / std) of the pretrained weights: the mean over layers."""
     layers = (record.get("weights") or {}).get("pretrained") or {}
     values = [math.log(of["max_abs"] / of["std"]) for of in layers.values() if of["std"] and of["max_abs"]]
     return {FP32: fmean(values)} if values and FP32 in _top1(record) else {}
 
 
-OUTCOMES: dict[Outcome, Callable[[dict], dict[Column, float]]] = {"top1": _top1, "sqnr": _sqnr, "crest": _crest}
+OUTCOMES: dict[Outcome, Callable[[Record], dict[Column, float]]] = {"top1": _top1, "sqnr": _sqnr, "crest": _crest}
 
 
-def measured(records: Iterable[dict], outcome: Outcome = "top1") -> dict[Protocol, Cells]:
+def measured(records: Iterable[Record], outcome: Outcome = "top1") -> dict[Protocol, Cells]:
     """Every cell's outcome by seed: top-1 in percent, or as its function says.
 
     Raises:
@@ -281,7 +282,7 @@ def heading(grid: Grid) -> str:
     return f"Table {grid.number}: {grid.title}" if grid.number else grid.title
 
 
-def markdown(records: list[dict]) -> str:
+def markdown(records: list[Record]) -> str:
     parts = []
     for key, cells in measured(records).items():
         parts.append(f"## {key.label}\n\nTop-1 in %; mean ± standard deviation (seeds)"
@@ -295,7 +296,7 @@ def markdown(records: list[dict]) -> str:
     return "\n".join(parts) + "\n## The runs\n\n" + commands
 
 
-def latex(records: list[dict]) -> str:
+def latex(records: list[Record]) -> str:
     parts = []
     for key, cells in measured(records).items():
         for grid in grids(key, cells):
@@ -313,7 +314,7 @@ def _escape(value: str) -> str:
     return value.replace("±", r"$\pm$")
 
 
-def table_csv(records: list[dict]) -> str:
+def table_csv(records: list[Record]) -> str:
     """One line per cell and seed, with the axes of the records and of results/paper."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -325,4 +326,4 @@ def table_csv(records: list[dict]) -> str:
     return out.getvalue()
 
 
-WRITTEN: dict[str, Callable[[list[dict]], str]] = {"md": markdown, "csv": table_csv, "tex": latex}
+WRITTEN: dict[str, Callable[[list[Record]], str]] = {"md": markdown, "csv": table_csv, "tex": latex}

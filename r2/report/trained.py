@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from r2.config import UserError
 from r2.identity import model_name
+from r2.record import Record
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class Trained:
     sha256: str
 
 
-def collect(pretrained: Path, into: Path, records: list[dict] | None = None) -> None:
+def collect(pretrained: Path, into: Path, records: list[Record] | None = None) -> None:
     """Keep what the figures show of the finished pretrainings: <model>_<reg>.safetensors and .csv in `into`.
 
     The weights are those of the 3x3 convolutions and of the last linear layer, the CSV is the curve of all layers.

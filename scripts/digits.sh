@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# How dependable the first command and its neighbours are, on the embedded digits: the main job with ten seeds by one and by
+# two threads, then every network and stage at its defaults. Hours on two cores; what is finished is skipped.
+# scripts/pilots.py outputs/digits/1 prints the table. More arguments go to every command.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+sweep() { "${PYTHON:-.venv/bin/python}" -m r2.run -m data=digits "$@"; }
+for threads in 1 2; do
+  sweep model=mbv2 reg=margin stage=ewgs seed=0,1,2,3,4,5,6,7,8,9 threads=$threads out=outputs/digits/$threads "$@"
+done
+stages=none,dfq,adaround,ewgs,lsq,pact,dkm
+for model in mbv2 mbv1 rn18; do
+  sweep model=$model stage=$stages reg=l2,margin seed=0,1 threads=1 out=outputs/digits/1 "$@"
+  sweep model=$model stage=$stages reg=l2_10x,kure,linf,smm seed=0 threads=1 out=outputs/digits/1 "$@"
+done
