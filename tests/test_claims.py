@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from test_tables import record
 
-from r2.report import claims, tables
+from r2.report import claims, tables, verdicts
 from r2.report.claims import CLAIMS, OWN, Claim, Term
 from r2.report.statistics import Estimate, contrast, holm, seeds_to_decide
 from r2.report.tables import FP32, Column
@@ -164,3 +164,15 @@ def test_every_claim_of_a_table_can_be_asked_of_the_paper():
     r2, l2 = (13.30 + 27.72 + 61.73 + 61.66 + 13.08 + 31.11 + 59.95 + 60.03) / 8, (0.41 + 2.67 + 0.73 + 2.57) / 4
     assert effects[NONE_CLAIM.text] == pytest.approx(r2 - l2)
     assert all(claims.of_paper(claim) is None for claim in OWN)
+
+
+def test_the_drawing_of_the_claims_shows_every_comparison_once():
+    records = [none(reg, seed, top1 + seed) for reg, top1 in {"l2": 10, "linf": 20, "margin": 30}.items()
+               for seed in (0, 1, 2)]  # fmt: skip
+    rows = verdicts.verdict_rows(records)
+    (found,) = claims.findings(records).values()
+    assert [row[0] for row in rows] == [claim.text for claim, _ in found[""]]
+    assert rows[0][2] == 15 and rows[0][3] < 15 < rows[0][4]
+    figure, sentence = verdicts.verdicts(rows)
+    shown = {text.get_text().replace("\n", " ") for text in figure.axes[0].texts}
+    assert shown == {row[0] for row in rows} and "interval" in sentence

@@ -45,7 +45,7 @@ class Planned:
 
 
 def _planned(records: list[Record], weights: Path) -> Iterator[Planned]:
-    from r2.report import accuracy, folding, style
+    from r2.report import accuracy, folding, style, verdicts
     from r2.report import weights as drawn
 
     models: dict[str, dict[str, Trained]] = defaultdict(dict)
@@ -67,6 +67,7 @@ def _planned(records: list[Record], weights: Path) -> Iterator[Planned]:
     weighted = most_common([record for record in records if not protocol(record).changed], protocol)
     comparable = [record for record in weighted if " " not in row(record)[1] and column(record).folding is None]
     for name, rows, picture in (
+        ("claims", verdicts.verdict_rows(weighted), verdicts.verdicts),
         ("accuracy_folding", folding.folding_rows(weighted, weights), folding.accuracy_folding),
         ("accuracy_bits", accuracy.bits_rows(comparable), accuracy.accuracy_bits),
         ("accuracy_weight", accuracy.weight_rows(weighted), accuracy.accuracy_weight),
@@ -82,7 +83,7 @@ def digest(planned: Planned) -> str:
 
 
 def write(records: list[Record], weights: Path, out: Path) -> list[Path]:
-    """Draw every figure that has data: figure1, figure2_<model>, range_<model>, accuracy_bits, accuracy_size,
+    """Draw every figure that has data: claims, figure1, figure2_<model>, range_<model>, accuracy_bits, accuracy_size,
     accuracy_weight and accuracy_folding.
 
     The data are those of one protocol, the one with the most records; accuracy_weight adds its runs with other weights
