@@ -7,6 +7,7 @@ modules that a stage replaced, and a sha256 over all of it.
 """
 
 import hashlib
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def load(path: Path | str) -> nn.Module:
     try:
         model = _build(header)
         _fill(model, tensors, set(header["channels_last"]))
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (UserError, ImportError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(f"{path}: its parts do not fit together ({reason})") from None
     return model.eval()
@@ -190,7 +191,7 @@ def _header(model: nn.Module) -> dict[str, Any]:
             weight = _effective(module) if name in layers else module.weight
             header["channels_last"] += [name] if _channels_last(weight) else []
     for name, layer in layers.items():
-        entry = {"method": type(layer.quantizer).__name__.lower(), "settings": layer.quantizer.settings()}
+        entry = {"method": _name(type(layer.quantizer)), "settings": layer.quantizer.settings()}
         groups.setdefault(json.dumps(entry), {**entry, "layers": []})["layers"].append(name)
     return {**header, "quantizers": list(groups.values())}
 
@@ -225,6 +226,22 @@ def _network(architecture: dict[str, Any]) -> nn.Module:
         return _MODELS[name](**options)
 
 
+def _name(method: type[Quantizer]) -> str:
+    short = method.__name__.lower()
+    return short if _METHODS.get(short) is method else f"{method.__module__}.{method.__qualname__}"
+
+
+def _method(name: str) -> type[Quantizer]:
+    """The class of a quantizer: a file may name any that stands inside r2, and imports nothing else."""
+    if name in _METHODS:
+        return _METHODS[name]
+    module, _, own = name.rpartition(".")
+    found = getattr(importlib.import_module(module), own, None) if module.startswith("r2.") else None
+    if not (isinstance(found, type) and issubclass(found, Quantizer)):
+        raise ValueError(f"{name} is no quantizer of r2")
+    return found
+
+
 def _build(header: dict[str, Any]) -> nn.Module:
     """The network with everything a stage changed in it, its values not yet set."""
     model = _network(header["architecture"]).to_empty(device="cpu")
@@ -236,7 +253,7 @@ def _build(header: dict[str, Any]) -> nn.Module:
     layers = quantizable(model)
     for group in header["quantizers"]:
         chosen = {name: layers[name] for name in group["layers"]}
-        swap(chosen, lambda _, group=group: _METHODS[group["method"]](**group["settings"]))  # type: ignore[misc]
+        swap(chosen, lambda _, group=group: _method(group["method"])(**group["settings"]))  # type: ignore[misc]
     for name, bits in header["activations"].items():
         parent, _, side = name.rpartition(".")
         _HOOKS[side](model.get_submodule(parent), Activation(bits))
