@@ -1,5 +1,6 @@
 """What the pages under docs/ print works."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -33,3 +34,30 @@ def test_every_file_of_the_page_on_extending_runs(section, tmp_path):
     read = [sys.executable, "-c", f"from r2 import pack; pack.load({str(packed)!r})"]
     done = subprocess.run(read, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_on_configuration_is_not_stale():
+    """python scripts/configuration.py"""
+    spec = importlib.util.spec_from_file_location("configuration", ROOT / "scripts" / "configuration.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page()
+    assert {path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name != "hydra"} < set(
+        module.GROUPS
+    )
+
+
+def test_links_between_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_every_script_and_file_that_the_pages_name_is_there():
+    names = re.compile(r"(?:scripts|configs|results|tests|docs)/[\w/.-]+\.(?:sh|py|yaml|md|html|csv)")
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        mine = set(re.findall(r"^`(\S+)`$", page.read_text(), flags=re.MULTILINE))  # files that the page itself shows
+        for name in set(names.findall(page.read_text())) - mine:
+            assert (ROOT / name).exists(), (page.name, name)
