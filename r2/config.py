@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import ConfigDict, ValidationError, create_model
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, ConfigDict, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 from r2.hints import unknown_key
 
@@ -29,7 +30,12 @@ class Diverged(UserError):
 
 def last_line(error: BaseException) -> str:
     """What a UserError says. One that was raised in a data loader's worker carries its traceback in the message."""
-    return str(error).strip().splitlines()[-1].removeprefix("r2.config.UserError: ")
+    return printable(str(error).strip().rpartition("\nr2.config.UserError: ")[2])
+
+
+def printable(text: str) -> str:
+    """A line of text whatever is in it: the name of a file may hold line breaks and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 Count = Annotated[int, Ge(1)]
@@ -40,7 +46,15 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 Bits = Annotated[int, Ge(1), Le(32)]
 Width = Annotated[float, Gt(0), Le(8)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
-Place = Annotated[str, MinLen(1)]
+
+
+def _named(place: str) -> str:
+    if not place:
+        raise PydanticCustomError("place", "has to name a folder")
+    return place
+
+
+Place = Annotated[str, AfterValidator(_named)]  # not MinLen, which refuses a name that is not UTF-8
 
 
 class Root:

@@ -1,7 +1,8 @@
 """What a record and a plan print runs again: odd values, a home directory, options of one's own."""
 
 import json
-import shlex
+import os
+import subprocess
 
 import hydra
 import pytest
@@ -12,12 +13,14 @@ from r2 import compose, record, reproduce
 from r2.config import UserError
 from r2.plan.cells import cells, cells_of
 
-AWKWARD = st.text("aZ09 .,;:=~/\\'\"()[]{}<>|&!?#*+-_$%^@`\té\n", min_size=1)
+AWKWARD = st.text("aZ09 .,;:=~/\\'\"()[]{}<>|&!?#*+-_$%^@`\té\n\r\x7f\u2028\u0301日🙂\udce9\udcff", min_size=1)
 
 
 def once_more(config):
-    """The config of what a run's command says, read by a shell's rules."""
-    words = shlex.split(record.command(config))
+    """The config of what a run's command says, as bash reads it."""
+    assert record.command(config).isprintable()  # on one line, in UTF-8
+    read = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {record.command(config)}"])
+    words = os.fsdecode(read).split("\0")[:-1]
     assert words[:3] == ["python", "-m", "r2.run"]
     return cells_of(words[3:])[0].config
 
@@ -33,6 +36,8 @@ def once_more(config):
 @example('it\'s "so"')
 @example("${seed}")
 @example("\\${seed}\\")
+@example("\u2028")
+@example(os.fsdecode(b"it's caf\xe9, ${x}\n"))
 def test_a_printed_command_is_the_same_run(text):
     with hydra.initialize_config_dir(str(compose.CONFIGS), version_base="1.3"):
         config = compose.composed(["data=cifar10", f"data.root={compose._word(text)}"])
