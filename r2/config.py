@@ -6,6 +6,7 @@ read from the source text, without importing the module.
 """
 
 import ast
+import copy
 import functools
 import importlib
 import importlib.util
@@ -213,7 +214,7 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
 
 
 def build(node: dict, *args: Any, **kwargs: Any) -> Any:
-    """Call what a config node names; the one place where Hydra instantiates, and only inside r2.
+    """Call what a config node names; the one place where a config calls anything, and only inside r2.
 
     Args:
         node: `_target_` and keyword arguments.
@@ -222,12 +223,8 @@ def build(node: dict, *args: Any, **kwargs: Any) -> Any:
     if not str(node.get("_target_", "")).startswith("r2."):
         raise UserError(f"_target_={node.get('_target_')!r}: only targets inside r2 are built")
     _check_node({k: v for k, v in node.items() if k != "_target_"}, node["_target_"], "")  # a record's may be anybody's
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+    from hydra.utils import get_object
 
-    try:
-        return instantiate(node, *args, _convert_="all", _recursive_=False, **kwargs)
-    except InstantiationException as error:
-        if error.__cause__ is not None:  # what went wrong, without Hydra's wrapping
-            raise error.__cause__ from None
-        raise
+    # Not by Hydra's instantiate: it would read the resolved values once more, and a ${...} that is text as a reference.
+    values = {key: copy.deepcopy(value) for key, value in node.items() if key != "_target_"}
+    return get_object(node["_target_"])(*args, **values, **kwargs)
