@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from r2.compose import COMPOSE_ERRORS, check_sweep, one_line, resolve, sweep_words, sweeps, words_of
-from r2.config import UserError, last_line
+from r2.config import UserError, last_line, printable
 from r2.paths import CONFIGS
 
 
 def refuse(error: BaseException) -> str:
     """Print a user's mistake as one line and return it."""
-    text = one_line(error) if isinstance(error, COMPOSE_ERRORS) else last_line(error)
+    text = printable(one_line(error)) if isinstance(error, COMPOSE_ERRORS) else last_line(error)
     print(f"r2: {text}", file=sys.stderr, flush=True)
     return text
 

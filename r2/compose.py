@@ -4,7 +4,6 @@ import functools
 import itertools
 import os
 import re
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from yaml import YAMLError
 from r2.config import GROUPS, UserError, build, check, check_targets
 from r2.hints import unknown_key, unknown_option
 from r2.paths import CONFIGS
+from r2.record import shell_word
 
 _SEARCHPATH = "hydra.searchpath="
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
@@ -226,10 +226,12 @@ def one_line(error: BaseException) -> str:
         return unknown_option(group, wanted, list(error.options))
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
-        lines = [line for line in error.message.splitlines() if not line.startswith(("Lexer", "Error", "See", " "))]
+        message = error.message.replace(error.override, "")  # which may have lines of its own
+        lines = [line for line in message.splitlines() if not line.startswith(("Lexer", "Error", "See", " "))]
         why = f" ({re.sub(r'^HydraException while evaluating .*?: ', '', lines[0])})" if lines else ""
         quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
-        quoted = shlex.quote(quoted) if set(quoted) & set('"$`\\!') else f'"{quoted}"'  # the second is the legible one
+        legible = quoted.isprintable() and not set(quoted) & set('"$`\\!')
+        quoted = f'"{quoted}"' if legible else shell_word(quoted)
         return f"{error.override}: Hydra does not read this{why}; a text with special characters is quoted: {quoted}"
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]

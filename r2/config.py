@@ -6,6 +6,7 @@ read from the source text, without importing the module.
 """
 
 import ast
+import copy
 import functools
 import importlib
 import importlib.util
@@ -13,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import ConfigDict, ValidationError, create_model
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, ConfigDict, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 from r2.hints import unknown_key
 
@@ -29,7 +31,12 @@ class Diverged(UserError):
 
 def last_line(error: BaseException) -> str:
     """What a UserError says. One that was raised in a data loader's worker carries its traceback in the message."""
-    return str(error).strip().splitlines()[-1].removeprefix("r2.config.UserError: ")
+    return printable(str(error).strip().rpartition("\nr2.config.UserError: ")[2])
+
+
+def printable(text: str) -> str:
+    """A line of text whatever is in it: the name of a file may hold line breaks and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 Count = Annotated[int, Ge(1)]
@@ -40,7 +47,15 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 Bits = Annotated[int, Ge(1), Le(32)]
 Width = Annotated[float, Gt(0), Le(8)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
-Place = Annotated[str, MinLen(1)]
+
+
+def _named(place: str) -> str:
+    if not place:
+        raise PydanticCustomError("place", "has to name a folder")
+    return place
+
+
+Place = Annotated[str, AfterValidator(_named)]  # not MinLen, which refuses a name that is not UTF-8
 
 
 class Root:
@@ -199,7 +214,7 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
 
 
 def build(node: dict, *args: Any, **kwargs: Any) -> Any:
-    """Call what a config node names; the one place where Hydra instantiates, and only inside r2.
+    """Call what a config node names; the one place where a config calls anything, and only inside r2.
 
     Args:
         node: `_target_` and keyword arguments.
@@ -208,12 +223,8 @@ def build(node: dict, *args: Any, **kwargs: Any) -> Any:
     if not str(node.get("_target_", "")).startswith("r2."):
         raise UserError(f"_target_={node.get('_target_')!r}: only targets inside r2 are built")
     _check_node({k: v for k, v in node.items() if k != "_target_"}, node["_target_"], "")  # a record's may be anybody's
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+    from hydra.utils import get_object
 
-    try:
-        return instantiate(node, *args, _convert_="all", _recursive_=False, **kwargs)
-    except InstantiationException as error:
-        if error.__cause__ is not None:  # what went wrong, without Hydra's wrapping
-            raise error.__cause__ from None
-        raise
+    # Not by Hydra's instantiate: it would read the resolved values once more, and a ${...} that is text as a reference.
+    values = {key: copy.deepcopy(value) for key, value in node.items() if key != "_target_"}
+    return get_object(node["_target_"])(*args, **values, **kwargs)

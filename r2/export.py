@@ -101,7 +101,7 @@ def check(model: nn.Module, path: Path | str, data: Data, world: World) -> dict[
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
     model = model.to(world.device).eval()
     sums, largest = torch.zeros(4), 0.0
     for images, labels in data.to(world).val(256):

@@ -15,6 +15,7 @@ from r2.identity import of_pretraining
 from r2.recipe import Recipe, optimizer_of
 from r2.record import Pretrained
 from r2.regularizers import describe
+from r2.resume import check_data
 from r2.store import Run
 from r2.trackers import Tracker
 from r2.train import evaluate, train
@@ -38,6 +39,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
     with store.lock(directory, world, run.say):
         if world.broadcast(finished.exists()):
             state = run.finished()
+            check_data(data.fingerprint(), state.get("data"), finished)  # an older version saved none
             model.load_state_dict(state["model"])
             run.say(f"pretrained: {directory} (finished, not repeated)")
             return model.eval(), Pretrained(**state["info"])
@@ -63,9 +65,8 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             skipped_images=data.count_skipped(),
         )
         if world.main:
-            store.save(
-                finished, {"format": "r2", "key": identity.key, "model": model.state_dict(), "info": asdict(known)}
-            )
+            made = {"format": "r2", "key": identity.key, "data": data.fingerprint()}
+            store.save(finished, {**made, "model": model.state_dict(), "info": asdict(known)})
             store.remove(run.checkpoint("pretrain"), run.checkpoint("pretrain").with_suffix(".previous"))
         world.barrier()
     return model.eval(), known

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,17 +73,27 @@ def made_with(data: Data, world: World) -> dict[str, str]:
     return {"data": data.fingerprint(), "torch": str(torch.__version__), "processes": str(world.size)}
 
 
+def check_data(now: str, before: str | None, path: Path) -> None:
+    """
+    Args:
+        now, before: fingerprints of the data, as they are and as they were for the file at `path`; None: unknown.
+
+    Raises:
+        UserError: they differ. The order of an epoch would be another one, and training images might be tested on.
+    """
+    if before not in (None, now):
+        raise UserError(
+            f"{path}: was made with other data ({before}; now {now}); put them back, or delete it to start again"
+        )
+
+
 def compare(now: dict[str, str], before: dict[str, str], run: Run, phase: str) -> None:
     """
     Raises:
-        UserError: the data are not those of the checkpoint: the order of an epoch would be another one.
+        UserError: the data are not those of the checkpoint.
     """
+    check_data(now["data"], before.get("data"), run.checkpoint(phase))
     changed = {name: value for name, value in before.items() if value != now[name]}
-    if "data" in changed:
-        raise UserError(
-            f"{run.checkpoint(phase)}: was made with other data ({before['data']}; now {now['data']}); "
-            "put them back, or delete it to start again"
-        )
     for name, value in changed.items():
         run.say(f"{phase}: begun with {name} {value}, goes on with {now[name]}; equal up to rounding")
 

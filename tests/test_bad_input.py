@@ -12,7 +12,7 @@ from PIL import Image
 from test_security import composed
 from torch import nn
 
-from r2 import export, store
+from r2 import compose, export, store
 from r2.config import UserError
 from r2.data.batches import IGNORED
 from r2.data.folder import Folder
@@ -322,6 +322,27 @@ def test_a_folder_that_changed_before_a_run_goes_on_is_named(root, tmp_path):
     trained(of(moved), moved / "run", 2, said)
     assert "resumed at epoch 2, step 0" in said[0]
     moved.rename(root)
+
+
+def test_a_finished_run_and_pretraining_are_found_again_wherever_the_data_lie(root, capsys):
+    """Other data under the same config are named: a stage would train on what the model was to be tested on."""
+    words = [*ten_classes(root), "data.workers=0", f"out={root / 'out'}", "stage.bits=4"]
+    config = composed(*words, "stage=lsq")
+    first = experiment(config, World())
+    moved = root / "else where, it's ${x} \udce9"
+    for split in ("train", "val"):
+        (root / split).rename(store.make_directory(moved) / split)
+    words.append(f"data.root={compose._word(str(moved))}")
+    assert experiment(composed(*words, "stage=lsq"), World()) == first
+    capsys.readouterr()
+    other = experiment(composed(*words, "stage=ewgs"), World())
+    assert "(finished, not repeated)" in capsys.readouterr().out
+    assert other["sha256"]["pretrained"] == first["sha256"]["pretrained"]
+    (model,) = (root / "out" / "pretrained").glob("*/model.pt")
+    (moved / "val" / "n01" / "1.jpeg").rename(moved / "val" / "n01" / "11.jpeg")
+    assert refused(composed(*words, "stage=pact", "stage.bits=5", "stage.from_scratch=false")).startswith(
+        f"{model}: was made with other data (120 + 120 examples, "
+    )
 
 
 def test_going_on_with_other_processes_or_another_torch_is_said(root, tmp_path):

@@ -50,6 +50,8 @@ MISTAKES = {
     "recipe.lr={": "no viable alternative",
     "out=runs/lr=0.1": "is quoted: \"out='runs/lr=0.1'\"",
     "out=a;b": "is quoted",
+    "out=a\nb": "out=a\\nb: Hydra does not read this; a text with special characters is quoted: $'out=\\'a\\012b\\''",
+    "out=caf\udce9": "out=caf\\udce9: Hydra does not read this; a text with special characters is quoted: $'out=",
     "--config-dir nowhere": "--config-dir nowhere: there is no such folder",
 }
 TRY = """

@@ -1,17 +1,24 @@
+import gzip
+import hashlib
+import io
 import os
+import pickle
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from r2.config import UserError
 from r2.data.batches import IGNORED
-from r2.data.folder import Folder, imagenet
+from r2.data.folder import Folder, imagenet, imagenette
 from r2.data.images import decode
-from r2.data.memory import digits, fashion_mnist
+from r2.data.memory import cifar10, digits, fashion_mnist
 from r2.dist import World
 
 
@@ -133,3 +140,92 @@ def test_a_file_name_that_is_not_utf8(tmp_path, capsys):
         file.write(b"not an image")
     with pytest.raises(UserError, match="cannot be decoded"):
         list(renamed.val(4))
+
+
+def idx(folder, name, values, header, packed):
+    content = bytes(header) + values.tobytes()
+    path = folder / (f"{name}.gz" if packed else name)
+    path.write_bytes(gzip.compress(content, 1) if packed else content)
+    return path
+
+
+@pytest.mark.parametrize("place, packed", [(".", False), ("FashionMNIST/raw", True)])
+def test_fashion_mnist_as_downloaded_or_unpacked(tmp_path, place, packed):
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", 60_000), ("t10k", 10_000)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        pixels = np.repeat(labels, 784)
+        last = idx(folder, f"{name}-images-idx3-ubyte", pixels, 16, packed)
+        idx(folder, f"{name}-labels-idx1-ubyte", labels, 8, packed)
+    data = fashion_mnist(str(tmp_path), calibration_images=20).to(World())
+    assert (data.train_images, data.val_images) == (60_000, 10_000)
+    images, labels = data._val
+    assert torch.equal(images[:, 0, 16, 16].long(), labels) and torch.equal(labels[:20], torch.arange(20) % 10)
+    content = bytearray(last.read_bytes())
+    content[100:200] = bytes(255 for _ in range(100))
+    last.write_bytes(content if packed else content[:-1])
+    with pytest.raises(UserError, match=f"{last.name}: (cannot be read|is truncated)"):
+        fashion_mnist(str(tmp_path))
+
+
+def cifar_archive(folder):
+    """An archive in CIFAR-10's layout of 10 images per batch, and the checksums that torchvision is to expect."""
+    sums, base = {}, CIFAR10.base_folder
+    with tarfile.open(folder / CIFAR10.filename, "w:gz") as tar:
+        for batch, (name, _) in enumerate([*CIFAR10.train_list, *CIFAR10.test_list, ("batches.meta", "")]):
+            labels = list(range(10))
+            pixels = np.full((10, 3072), 20 * batch, np.uint8)
+            content = pickle.dumps({"data": pixels, "labels": labels, "label_names": [str(i) for i in labels]})
+            sums[name] = hashlib.md5(content).hexdigest()
+            member = tarfile.TarInfo(f"{base}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    sums["archive"] = hashlib.md5((folder / CIFAR10.filename).read_bytes()).hexdigest()
+    return sums
+
+
+def test_cifar10_as_downloaded_or_unpacked(tmp_path, monkeypatch):
+    sums = cifar_archive(tmp_path)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", sums["archive"])
+    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere")  # nothing may be fetched
+    for names in ("train_list", "test_list"):
+        monkeypatch.setattr(CIFAR10, names, [[name, sums[name]] for name, _ in getattr(CIFAR10, names)])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    packed = cifar10(str(tmp_path))
+    assert (packed.train_images, packed.val_images) == (50, 10) and int(packed._val[0].max()) == 100
+    (tmp_path / CIFAR10.filename).unlink()
+    for place in (tmp_path, tmp_path / CIFAR10.base_folder):
+        assert cifar10(str(place)).fingerprint() == packed.fingerprint()
+    (tmp_path / CIFAR10.base_folder / "data_batch_3").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no CIFAR-10 there, and it cannot be downloaded"):
+        cifar10(str(tmp_path))
+
+
+def test_imagenette_in_the_folder_or_below_it(tmp_path):
+    folder(tmp_path / "imagenette2", classes=10, images=1)
+    below, itself = imagenette(str(tmp_path)), imagenette(str(tmp_path / "imagenette2"))
+    assert below.fingerprint() == itself.fingerprint() and below.val_images == 10
+
+
+def test_images_without_class_folders_are_told_with_what_to_do(tmp_path):
+    """As ILSVRC2012_img_val.tar and the archives inside ILSVRC2012_img_train.tar leave them."""
+    folder(tmp_path)
+
+    def told():
+        with pytest.raises(UserError) as error:
+            Folder(str(tmp_path), 3, 32, 0, "error", 4)
+        assert "\n" not in str(error.value) and str(error.value).startswith(f"data.root={tmp_path}: ")
+        return str(error.value)
+
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
+    assert "val has images outside of class folders (ILSVRC2012_val_00000001.JPEG); move each into" in told()
+    shutil.rmtree(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "n01440764.tar").write_bytes(b"")
+    assert "train has archives (n01440764.tar); extract each into a folder of its name" in told()
+    shutil.rmtree(tmp_path / "train")
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"")
+    assert f"prepare_imagenet.py --source {tmp_path} --out SHARDS" in told()

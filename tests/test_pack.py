@@ -1,4 +1,5 @@
 import copy
+import os
 
 import pytest
 import torch
@@ -156,6 +157,12 @@ def test_a_network_without_compression(tmp_path):
     model = resnet18(5, 0.25).eval()
     loaded = round_trip(model, tmp_path / "a.safetensors")
     assert pack.size(loaded)["bits_per_weight"] is None and pack.size(loaded)["bits_per_weight_all"] == 32
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9\n")
+    folder.mkdir()
+    round_trip(resnet18(5, 0.25).eval(), folder / "a.safetensors")
 
 
 def test_loading_leaves_the_random_state_alone(tmp_path):

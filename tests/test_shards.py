@@ -259,6 +259,17 @@ def test_official_files_give_the_same_shards(folder, shards, tmp_path, monkeypat
     assert "nor the official ILSVRC2012_img_val.tar" in capsys.readouterr().err
 
 
+def test_a_flat_val_is_told_with_what_to_do(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder / "train", tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    for path in (folder / "val").glob("*/*"):
+        shutil.copy(path, tmp_path / "val")
+    assert prepare(monkeypatch, "--source", tmp_path, "--out", tmp_path / "out", *SHAPE) == 2
+    error = capsys.readouterr().err
+    assert "val has images outside of class folders (ILSVRC2012_val_00000001.JPEG); move each" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_stopped_preparation_goes_on(folder, shards, tmp_path, monkeypatch):
     out = shutil.copytree(shards, tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}

@@ -31,6 +31,23 @@ def class_folders(split: Path) -> list[str]:
     return sorted(p.name for p in split.iterdir() if p.is_dir() and p.name[0] != ".") if split.is_dir() else []
 
 
+def misplaced(split: Path) -> str:
+    """What to do where images lie as archives and downloads leave them, without class folders; empty if they do not."""
+    official = "python scripts/prepare_imagenet.py --source DIR --out SHARDS reads the official archives as they are"
+    names = sorted(os.listdir(split)) if split.is_dir() else []
+    if image := next(filter(is_image, names), None):
+        return (
+            f"{split} has images outside of class folders ({image}); move each into a folder named after its class, as "
+            f"in train, or: {official}, for data=imagenet_shards"
+        )
+    if archive := next((name for name in names if name.endswith(".tar")), None):
+        return f"{split} has archives ({archive}); extract each into a folder of its name, or: {official}"
+    if next(split.parent.glob("ILSVRC2012_img_*.tar"), None):
+        official = official.replace("DIR", str(split.parent))
+        return f"{split.parent} has archives, not {split.name}/<class>/<image>; {official}, for data=imagenet_shards"
+    return ""
+
+
 def is_image(path: str) -> bool:
     """By its extension; nothing on the way to it may begin with a dot."""
     return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in os.sep + path
@@ -69,6 +86,8 @@ class Folder(Images):
         alone = sorted(set(classes[0]) ^ set(classes[1]))
         differ = f"train and val differ in class folders: {', '.join(alone[:5])}" if alone else ""
         for folder, names in zip(folders, classes, strict=True):
+            if not names and (advice := misplaced(folder)):
+                raise UserError(f"data.root={root}: {advice}")
             if len(names) != num_classes:
                 more = f"; {differ}" if differ else ""
                 raise UserError(f"data.root={root}: {folder} has {len(names)} class folders, not {num_classes}{more}")

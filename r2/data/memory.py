@@ -1,6 +1,7 @@
 """Small data sets, decoded once into one uint8 tensor per split on the device and augmented there in batches."""
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def _read_idx(folder: Path, name: str, header: int) -> Tensor:
         raise UserError(f"{folder}: {name}[.gz] is missing")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     values = np.frombuffer(content, np.uint8, offset=min(header, len(content)))
     if name.endswith("images-idx3-ubyte") and values.size % 784:
@@ -152,11 +153,12 @@ def _read_idx(folder: Path, name: str, header: int) -> Tensor:
 
 
 def cifar10(root: str, augment: bool = True, calibration_images: Count = 1024) -> Data:
-    """CIFAR-10 through torchvision, downloaded into `root` if absent."""
+    """CIFAR-10 through torchvision, extracted or not, downloaded into `root` if absent."""
     from torchvision.datasets import CIFAR10
 
+    folder = Path(root).parent if Path(root).name == CIFAR10.base_folder else root
     try:
-        sets = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+        sets = [CIFAR10(folder, train=train, download=True) for train in (True, False)]
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"data.root={root}: no CIFAR-10 there, and it cannot be downloaded ({reason})") from None
