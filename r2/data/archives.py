@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from r2.config import UserError
-from r2.data.folder import Visible, is_image, misplaced
+from r2.data.folder import Visible, class_folders, is_image, misplaced
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 Map = Callable[[Callable, Iterable, str], list]  # (function, items, what it does) to the results, in order
@@ -32,11 +32,13 @@ def from_folder(source: Path) -> tuple[list[str], Splits]:
     splits: Splits = {}
     classes: dict[str, list[str]] = {}
     for split in ("train", "val"):
+        if not class_folders(source / split):
+            advice = misplaced(source / split) or f"{source / split} has no class folders"
+            raise UserError(f"--source {source}: {advice}")
         try:
             found = Visible(str(source / split))
         except FileNotFoundError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--source {source}: {misplaced(source / split) or reason}") from None
+            raise UserError(f"--source {source}: {str(error).splitlines()[0]}") from None
         names, classes[split] = found.classes, found.classes
         splits[split] = [
             Entry(path, 0, os.path.getsize(path), label, f"{names[label]}/{Path(path).name}")
