@@ -35,9 +35,15 @@ class MobileBERT(MobileBertForSequenceClassification):
         """Logits (n, num_classes) of input_ids, attention_mask and token_type_ids, each (n, length)."""
         if not isinstance(inputs, dict):
             raise UserError("model=mobilebert reads text, not images: choose data=qnli")
+        tokens, attended = inputs["input_ids"], inputs["attention_mask"].bool()
         # Not the network's own positions, a constant buffer: a packed file holds none.
-        positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
-        return super().forward(**inputs, position_ids=positions[None]).logits
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        # As attention takes it: into one of two dimensions the network looks, and so waits for the device every time.
+        mask = attended[:, None, None].expand(-1, 1, tokens.shape[1], -1)
+        found = super().forward(
+            input_ids=tokens, attention_mask=mask, token_type_ids=inputs["token_type_ids"], position_ids=positions
+        )
+        return found.logits
 
 
 def mobilebert(num_classes: Count, source: str, revision: str) -> nn.Module:
@@ -57,7 +63,7 @@ def mobilebert(num_classes: Count, source: str, revision: str) -> nn.Module:
         return network(num_classes, settings)
     try:
         loaded: Any = MobileBERT.from_pretrained(
-            folder, num_labels=num_classes, dtype=torch.float32, output_loading_info=True
+            folder, num_labels=num_classes, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # of transformers, safetensors or the unpickler
         raise UserError(f"model.source={source}: cannot be read ({_reason(error)})") from None

@@ -272,11 +272,14 @@ class Palette(Quantizer):
 
 
 def _blocks(w: Tensor, dim: int) -> Tensor:
-    """Vectors (b, dim, m) of a weight in memory order, which `_dkm` does not care about: a view where m is long."""
+    """Vectors (b, dim, m) of a weight in memory order, which `_dkm` does not care about: a view where m is long.
+
+    One block on a device, where a pass launches its kernels for every block, and they cost more than the copy.
+    """
     if w.ndim == 4 and w.is_contiguous(memory_format=torch.channels_last):
         w = w.permute(0, 2, 3, 1)
     blocks = w.reshape(w.shape[0] // dim, dim, -1)
-    return blocks if blocks.shape[2] >= 256 else blocks.transpose(0, 1).reshape(1, dim, -1)
+    return blocks if on_host(w) and blocks.shape[2] >= 256 else blocks.transpose(0, 1).reshape(1, dim, -1)
 
 
 def _unblocks(blocks: Tensor, like: Tensor) -> Tensor:

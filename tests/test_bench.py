@@ -34,3 +34,14 @@ def test_a_benchmark_ends_and_prints_finite_numbers(name, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     words = done.stdout.split()
     assert len(words) > 20 and not {"nan", "inf", "-inf"} & set(words)
+
+
+@pytest.mark.slow
+def test_operations_are_counted(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "step.py"), *SMALLEST["step"].split(), "--count"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = {line.split()[0]: int(line.split()[-2].replace(",", "")) for line in done.stdout.splitlines()}
+    assert len(counts) == 8 and 0 < counts["fp32"] < counts["LSQ"] < counts["EWGS"]

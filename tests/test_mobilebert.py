@@ -230,6 +230,16 @@ def test_every_layer_is_regularized_and_compressed(source):
     assert list(Margin(mobilebert(2, source, "main"))._named) == matrices
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_logits_are_those_of_transformers_own_mask(source, padded):
+    model, ids = mobilebert(2, source, "main").eval(), torch.randint(len(VOCABULARY), (4, LENGTH))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2}
+    if padded:
+        inputs["attention_mask"][1:, 10:] = 0
+    with torch.no_grad():
+        assert torch.equal(model(inputs), super(type(model), model).forward(**inputs).logits)
+
+
 def test_the_published_network_has_its_size():
     with torch.device("meta"):
         model = network(2, {"classifier_activation": False})  # else the defaults are google/mobilebert-uncased's

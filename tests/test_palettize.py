@@ -6,12 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from r2 import models, palettize
+from r2 import palettize
 from r2.clustering import passes
 from r2.palettize import Palette, dkm, hard, initial_centroids, relative_temperature, unvectorize, vectorize
-from r2.quantizers.layers import compressed, quantizable, swap
 
 compiled = pytest.mark.skipif(os.environ.get("TORCH_COMPILE_DISABLE") == "1", reason="kernels are switched off")
 
@@ -387,43 +385,21 @@ def as_on_a_device(monkeypatch):
         monkeypatch.setattr(module, "on_host", lambda x: False)
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations whose result the host has to wait for."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        self.count += name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
-        return function(*args, **(kwargs or {}))
-
-
-def waits_of_a_step(build, bits, dim):
-    torch.manual_seed(0)
-    model = build(10, 0.25)
-    swap(quantizable(model), lambda _: Palette(bits, dim, relative_temperature(bits, dim), relative=True))
-    for layer in compressed(model).values():
-        layer.quantizer.initialise(None, layer.weight, None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    with Waits() as waits:
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    return waits.count
-
-
-@pytest.mark.parametrize("build", [models.resnet18, models.mobilenet_v2])
-@pytest.mark.parametrize("bits, dim", [(1, 1), (4, 1), (2, 2)])
-def test_a_step_waits_for_nothing(build, bits, dim, as_on_a_device):
-    with Waits() as one:
-        float(torch.ones(()))
-    assert one.count == 1 and waits_of_a_step(build, bits, dim) == 0
-
-
-@pytest.mark.parametrize("build", [models.resnet18, models.mobilenet_v2])
-def test_nor_does_one_without_kernels(build, monkeypatch):
-    monkeypatch.setattr(passes, "_library", lambda k, d: None)  # as with TORCH_COMPILE_DISABLE=1
-    assert waits_of_a_step(build, 2, 1) == 0
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("rows", [8, 9])
+def test_one_block_of_vectors_is_as_good_as_several(memory_format, rows, request):
+    w = torch.randn(rows, 32, 3, 3).to(memory_format=memory_format)
+    palette, grad, found = Palette(2, 2, 0.05, iterations=3, tolerance=0.0), torch.randn(rows, 32, 3, 3), []
+    for where in ("host", "device"):
+        if where == "device":
+            request.getfixturevalue("as_on_a_device")
+        palette.centroids.copy_(torch.randn(4, 2, generator=torch.Generator().manual_seed(0)))
+        v = w.clone().requires_grad_()
+        soft = palette.weight(v)
+        soft.backward(grad)
+        found.append((soft.detach(), v.grad, palette.centroids.clone(), len(palettize._blocks(w[:8], 2))))
+    torch.testing.assert_close(found[1][:3], found[0][:3], atol=2e-5, rtol=1e-4)
+    assert [blocks for *_, blocks in found] == [4, 1]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 4])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from r2 import regularizers as R
 from r2.config import UserError
@@ -352,39 +352,12 @@ def test_with_a_grad_scaler_the_term_comes_after_unscaling(kind):
     assert (found["wrong"] - found["plain"]).abs().max() > 1e-3
 
 
-class _Waits(TorchDispatchMode):
-    """Counts the operations whose result the host has to wait for: a number, or how many elements are true."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else []
-        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
-        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select"):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-def test_waits_are_seen():
-    w = torch.randn(8)
-    for wait in (lambda: w.sum().item(), lambda: w[w > 0], lambda: w[w.argmax()], lambda: w.nonzero()):
-        with _Waits() as waits:
-            wait()
-        assert waits.found
-    with _Waits() as waits:
-        w[torch.tensor([1])] += w.sum()
-    assert not waits.found
-
-
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("kind", [*CLASSES, R.L2])
 def test_the_host_never_waits_for_the_device(kind, dim):
     model = small_model()
     reg = kind(model) if kind is R.L2 else kind(model, dim=dim)
     _zero_gradients(model)
-    with _Waits() as waits:
+    with Waits() as waits:
         reg.add_gradients()
     assert not waits.found

@@ -1,10 +1,13 @@
 """Cost of a training step, as ratios to r2's fp32 step in the same process (ResNet-18, batch 32 at 64x64).
 
-python scripts/bench/step.py [--batch 32] [--size 64] [--rounds 12] [--model resnet18] [--width 1.0]
+python scripts/bench/step.py [--batch 32] [--size 64] [--rounds 12] [--model resnet18] [--width 1.0] [--count]
 
 Every round times each variant once, in turn, so a busy moment hits all of them; the minimum over rounds
 is printed. "r2 loop" is r2.train with all its checks and
 metrics, against the bare model, loss, backward and optimizer step on the same tensors.
+
+--count prints instead how many operations each variant gives PyTorch to do, without compiled kernels: on a GPU, about
+what it launches.
 """
 
 import argparse
@@ -19,10 +22,12 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2 import models, regularizers
 from r2.data.batches import Data
 from r2.dist import World
+from r2.kernels import fused
 from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, quantizable, quantizer_parameters, swap
 from r2.quantizers.lsq import LSQ
@@ -37,6 +42,7 @@ parser.add_argument("--size", type=int, default=64)
 parser.add_argument("--rounds", type=int, default=12)
 parser.add_argument("--model", default="resnet18", choices=["resnet18", "mobilenet_v1", "mobilenet_v2"])
 parser.add_argument("--width", type=float, default=1.0)
+parser.add_argument("--count", action="store_true")
 arguments = parser.parse_args()
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,6 +122,31 @@ for kind in REGULARIZERS:
     variants[kind.__name__] = gradients_alone(kind(bare))
 for kind in (EWGS, LSQ, PACT):
     variants[f"{kind.__name__} W2A2"] = quantized_step(kind)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed; a view computes nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def count_operations() -> None:
+    fused.__call__ = lambda self, *arguments: self.plain(*arguments)
+    for name, variant in variants.items():
+        variant()  # an optimizer's first step makes its moments
+        with Operations() as operations:
+            variant()
+        print(f"{name:<20}{operations.count:13,} operations")
+
+
+if arguments.count:
+    count_operations()
+    raise SystemExit
+
 LOOPS = {
     f"{name} loop {n}": partial(loop, n) for name, loop in [("r2", whole_loop), ("bare", bare_loop)] for n in (5, 15)
 }

@@ -1,0 +1,112 @@
+"""A device that is not there: what a step leaves on the CPU, or asks of values, fails without a GPU.
+
+Fake CUDA tensors go forwards; autograd takes none of them without a GPU, so that meta tensors go backwards. The fused
+optimizers take neither.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from r2 import kernels, models, regularizers
+from r2.palettize import Palette
+from r2.quantizers import ewgs, lsq, pact
+from r2.quantizers.layers import quantizable, quantizer_parameters, swap
+
+NETWORKS = {"resnet18": lambda: models.resnet18(10, 0.125), "mobilenet_v2": lambda: models.mobilenet_v2(10, 0.25)}
+SIZES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
+QUANTIZERS = {
+    "fp32": None,
+    "ewgs": lambda channels: ewgs.EWGS(2, 2, 1e-3),
+    "lsq": lambda channels: lsq.LSQ(2, 2),
+    "lsq by channel": lambda channels: lsq.LSQ(2, 2, channels),
+    "pact": lambda channels: pact.PACT(2, 2),
+    "pact at 1 bit": lambda channels: pact.PACT(1, 1),
+    **{f"dkm {b} {d}": lambda channels, b=b, d=d: Palette(b, d, 0.05, True, iterations=2) for b, d in SIZES},
+}
+# DKM's passes are many operations: the network of fewer layers is enough
+CASES = [(n, m) for n in NETWORKS for m in QUANTIZERS if n == "resnet18" or not m.startswith("dkm")]
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses a tensor on the CPU: PyTorch itself takes one without dimensions, and waits for its copy."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                raise RuntimeError(f"{function} on the CPU: {tuple(tensor.shape)}")
+        return out
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    """No compiled kernels: their inside has no tensor of another device, and fake tensors cannot go through."""
+    monkeypatch.setattr(kernels.fused, "__call__", lambda self, *arguments: self.plain(*arguments))
+
+
+def compressed(network, method):
+    """The network in training mode, swapped, and its quantizers' parameters."""
+    model = NETWORKS[network]().train()
+    if (quantizer := QUANTIZERS[method]) is None:
+        return model, []
+    layers = quantizable(model)
+    swap(layers, lambda name: quantizer(len(layers[name].weight)))
+    return model, quantizer_parameters(layers)
+
+
+@pytest.mark.parametrize("network, method", CASES)
+def test_forwards_on_fake_cuda(network, method):
+    model, _ = compressed(network, method)
+    with FakeTensorMode():
+        state = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").requires_grad_(tensor.requires_grad)
+            for name, tensor in model.state_dict(keep_vars=True).items()
+        }
+        images = torch.empty(4, 3, 64, 64, device="cuda")
+        with OnDevice():
+            logits = torch.func.functional_call(model, state, (images,))
+    assert logits.device.type == "cuda" and logits.shape == (4, 10) and logits.requires_grad
+
+
+@pytest.mark.parametrize("network, method", CASES)
+def test_backwards_on_meta(network, method):
+    model, scales = compressed(network, method)
+    model.to("meta")
+    with OnDevice():
+        model(torch.empty(4, 3, 64, 64, device="meta")).sum().backward()
+        lsq.bound_gradients(scales, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["L2", "LInf", "Margin", "SoftMinMax", "Kurtosis"])
+def test_a_regularizer_and_clipping_on_fake_cuda(kind):
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = NETWORKS["mobilenet_v2"]()
+        regularizer = getattr(regularizers, kind)(model)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        with OnDevice():
+            penalty = regularizer.add_gradients()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert penalty.device.type == "cuda"
+
+
+def test_what_is_left_on_the_cpu_or_asked_of_values_fails():
+    cases = [
+        lambda x: x * torch.tensor(2.0),
+        lambda x: x * torch.ones(3),
+        lambda x: x[x > 0],
+        lambda x: x if x.sum() > 0 else -x,
+    ]
+    for device in ("cuda", "meta"):
+        for case in cases:
+            with FakeTensorMode() if device == "cuda" else torch.no_grad():
+                x = torch.empty(3, device=device)
+                with pytest.raises((RuntimeError, NotImplementedError)), OnDevice():
+                    case(x)
