@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from r2.config import UserError
+from r2.identity import trains
 from r2.paths import REPOSITORY
 
 SCHEMA = 2
@@ -286,7 +287,7 @@ def make(
             "sqnr_db": outcome.sqnr_db,
             "details": _details(outcome),
             "epochs": {
-                "pretrain": config["recipe"]["epochs"] if pretrained.metrics else 0,
+                "pretrain": config["recipe"]["epochs"] if pretrained.metrics and trains(config) else 0,
                 "stage": outcome.epochs,
             },
             "seconds": {"pretrain": pretrained.seconds, **outcome.seconds},
@@ -305,6 +306,7 @@ def make(
                 "final": describe(model),
             },
             "sha256": {
+                "weights": config["weights"] and config["weights"]["sha256"],  # of the file that all began with
                 "pretrained": pretrained.sha256,
                 "final": store.digest(model.state_dict()),
                 "packed": store.sha256_of(packed) if packed.exists() else None,  # rank 0 writes it
