@@ -31,6 +31,7 @@ class Record(TypedDict):
         size: bits per weight and bytes; `file_mib` of the packed file.
         sqnr_db, details: as `Outcome` has them; `details` also names what is to be noted.
         weights: per layer, initial, pretrained and final.
+        sha256: of the file of weights that the user gave, of both models' values, and of the packed file.
         overrides: the words of the command line, choices: the option of each group, config: every value.
     """
 

@@ -117,7 +117,8 @@ def mistakes(folder):
         saved(folder / "numbers.pth", {"lr": 0.1}): "for lr is a float and no tensor",
         saved(folder / "module.pth", NETWORKS["mbv2"]()): "save its state_dict alone",
         saved(folder / "twice.pth", {**own, f"module.{first}": own[first]}): f"holds {first} twice",
-        saved(folder / "nan.pth", {**own, first: own[first] / 0}): f"{first} holds values that are not finite",
+        saved(folder / "nan.pth", {**own, first: own[first] / 0}): f"{first} holds values that are no finite",
+        saved(folder / "int.pth", {**own, first: own[first].char()}): f"{first} holds values that are no finite",
         saved(folder / "other.pth", state_of("rn18")): "has no features.0.0.weight, which is (8, 3, 3, 3) in mbv2; it "
         "holds conv1.weight (16, 3, 7, 7)",
         saved(folder / "wide.pth", torchvision.models.mobilenet_v2(num_classes=10).state_dict()): "features.0.0.weight "
