@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from r2.config import GROUPS, UserError, build, check, check_targets
+from r2 import hub
+from r2.config import GROUPS, UserError, build, check, check_targets, take_weights
 from r2.hints import unknown_key, unknown_option
 from r2.paths import CONFIGS
 from r2.record import shell_word
@@ -75,7 +76,9 @@ def resolve(cfg: DictConfig, of_hydra: Any) -> dict:
     config: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     config.pop("experiment", None)
     config["choices"] = {group: choices[group] for group in GROUPS}
+    given = take_weights(config)
     check(config)
+    config["weights"] = hub.settle(given, config["model"]["_target_"].rpartition(".")[2])
     config["overrides"] = [*places, *_overrides(cfg, plain, choices)]
     return config
 

@@ -66,7 +66,14 @@ class Root:
                  dist_timeout_seconds: Positive): ...  # fmt: skip
 
 
+class Weights:
+    """Keys of `model` that say where a network's values come from; they are none of the network itself."""
+
+    def __init__(self, weights: Place | None = None, finetune: bool = False, reset_head: bool = False): ...
+
+
 GROUPS = ("data", "model", "reg", "recipe", "stage", "tracker")
+SETTLED = ("choices", "weights", "overrides")  # what composition adds
 
 
 def check(config: dict) -> None:
@@ -75,12 +82,24 @@ def check(config: dict) -> None:
     Raises:
         UserError: in one line, with the key, what is wrong with it and what may stand there.
     """
-    _check_node({k: config[k] for k in config if k not in (*GROUPS, "choices", "overrides")}, f"{__name__}.Root", "")
+    _check_node({k: config[k] for k in config if k not in (*GROUPS, *SETTLED)}, f"{__name__}.Root", "")
     for group in GROUPS:
         node = dict(config[group])
         _check_node(node, node.pop("_target_"), f"{group}.")
     if config["images_per_second"] is not None and not config["check"]:
         raise UserError(f"images_per_second={config['images_per_second']:g}: is for a plan; add check=true")
+
+
+def take_weights(config: dict) -> dict:
+    """The keys of `Weights`, checked and taken out of a resolved config's model: what is left is the network's own.
+
+    Raises:
+        UserError: as `check`.
+    """
+    target = f"{__name__}.Weights"
+    found = {key: config["model"].pop(key) for key in signature(target) if key in config["model"]}
+    _check_node(found, target, "model.")
+    return {"weights": None, "finetune": False, "reset_head": False, **found}
 
 
 def check_targets(targets: dict[str, Any]) -> None:

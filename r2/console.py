@@ -92,9 +92,11 @@ def summary(record: Mapping[str, Any], directory: Path) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # a path stays whole
     metrics = record["metrics"]
+    given = record["config"].get("weights")  # an earlier version wrote none
+    beginning = given["source"] if given else "scratch"
     rows: list[tuple[str, Any]] = [
         ("top-1", f"{metrics['top1']:.2f} %  (top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.3f})"),
-        ("full precision", f"{record['fp32']['top1']:.2f} %" if record["fp32"] else "trained from scratch"),
+        ("full precision", f"{record['fp32']['top1']:.2f} %" if record["fp32"] else f"trained from {beginning}"),
         ("weights", f"largest {record['weights_summary']['max_abs']:.3f}, "
                     f"mean kurtosis {record['weights_summary']['kurtosis']:.2f} after pretraining"),
         ("file", f"{record['size']['file_mib']:.3f} MiB, {record['size']['bits_per_weight'] or 32:g} bits per weight"),

@@ -1,4 +1,7 @@
-"""The pretrained checkpoint of (data, model, regularizer, recipe, seed): loaded if finished, resumed if half done."""
+"""The pretrained checkpoint of (data, model, regularizer, recipe, seed): loaded if finished, resumed if half done.
+
+With weights of the user's it is those: evaluated as they are, or what training goes on from.
+"""
 
 import csv
 from collections.abc import Callable
@@ -7,18 +10,18 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from r2 import store
+from r2 import store, weights
 from r2.config import build
 from r2.data.batches import Data
 from r2.dist import World, sync_batchnorm
-from r2.identity import of_pretraining
+from r2.identity import of_pretraining, trains
 from r2.recipe import Recipe, optimizer_of
 from r2.record import Pretrained
 from r2.regularizers import describe
 from r2.resume import check_data
 from r2.store import Run
 from r2.trackers import Tracker
-from r2.train import evaluate, train
+from r2.train import Trained, evaluate, train
 
 
 def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, Pretrained]:
@@ -45,24 +48,20 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             return model.eval(), Pretrained(**state["info"])
         if world.main:
             store.write_json(directory / "config.json", identity.values)
-        if recipe.sync_bn:
-            model = sync_batchnorm(model, world)
         initial = describe(model)
-        regularizer = build(config["reg"], model).to(world.device)
-        optimizer = optimizer_of(model, recipe, regularizer)
-        note_weights = _weights_curve(model, run)
-        done = train(model, data, recipe, run, "pretrain", [optimizer], regularizer, before_epoch=note_weights)
-        note_weights(recipe.epochs)
+        done = {}
+        if trains(config):
+            done = asdict(_trained(model, config, data, recipe, run))
+        else:
+            run.say(f"not pretrained: {config['weights']['source']} as it is, without reg={config['choices']['reg']}")
         metrics = evaluate(model, data, world, recipe)
         known = Pretrained(
             weights=describe(model),
             weights_initial=initial,
             metrics=metrics,
-            seconds=done.seconds,
-            images_per_second=done.images_per_second,
-            timing=done.timing,
             sha256=store.digest(model.state_dict()),
             skipped_images=data.count_skipped(),
+            **done,
         )
         if world.main:
             made = {"format": "r2", "key": identity.key, "data": data.fingerprint()}
@@ -70,6 +69,17 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             store.remove(run.checkpoint("pretrain"), run.checkpoint("pretrain").with_suffix(".previous"))
         world.barrier()
     return model.eval(), known
+
+
+def _trained(model: nn.Module, config: dict, data: Data, recipe: Recipe, run: Run) -> Trained:
+    if recipe.sync_bn:
+        model = sync_batchnorm(model, run.world)
+    regularizer = build(config["reg"], model).to(run.world.device)
+    optimizer = optimizer_of(model, recipe, regularizer)
+    note_weights = _weights_curve(model, run)
+    done = train(model, data, recipe, run, "pretrain", [optimizer], regularizer, before_epoch=note_weights)
+    note_weights(recipe.epochs)
+    return done
 
 
 def _weights_curve(model: nn.Module, run: Run) -> Callable[[int], None]:
@@ -88,7 +98,7 @@ def _weights_curve(model: nn.Module, run: Run) -> Callable[[int], None]:
 
 
 def untrained(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, Pretrained]:
-    """The model before any training, for a stage that trains it from scratch; returns what `pretrain` does."""
+    """The new model, or the user's, for a stage that trains it by the whole recipe; returns what `pretrain` does."""
     model = _new(config, data, recipe, world)
     weights = describe(model)
     return model, Pretrained(weights, weights)
@@ -96,5 +106,5 @@ def untrained(config: dict, data: Data, recipe: Recipe, world: World, tracker: T
 
 def _new(config: dict, data: Data, recipe: Recipe, world: World) -> nn.Module:
     torch.manual_seed(config["seed"])
-    model = build(config["model"], num_classes=data.num_classes).to(world.device)
+    model = weights.load(build(config["model"], num_classes=data.num_classes), config).to(world.device)
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from r2.config import UserError
+from r2.identity import trains
 from r2.paths import REPOSITORY
 
 SCHEMA = 2
@@ -31,6 +32,7 @@ class Record(TypedDict):
         size: bits per weight and bytes; `file_mib` of the packed file.
         sqnr_db, details: as `Outcome` has them; `details` also names what is to be noted.
         weights: per layer, initial, pretrained and final.
+        sha256: of the file of weights that the user gave, of both models' values, and of the packed file.
         overrides: the words of the command line, choices: the option of each group, config: every value.
     """
 
@@ -297,7 +299,7 @@ def make(
             "sqnr_db": outcome.sqnr_db,
             "details": _details(outcome),
             "epochs": {
-                "pretrain": config["recipe"]["epochs"] if pretrained.metrics else 0,
+                "pretrain": config["recipe"]["epochs"] if pretrained.metrics and trains(config) else 0,
                 "stage": outcome.epochs,
             },
             "seconds": {"pretrain": pretrained.seconds, **outcome.seconds},
@@ -316,6 +318,7 @@ def make(
                 "final": describe(model),
             },
             "sha256": {
+                "weights": config["weights"] and config["weights"]["sha256"],  # of the file that all began with
                 "pretrained": pretrained.sha256,
                 "final": store.digest(model.state_dict()),
                 "packed": store.sha256_of(packed) if packed.exists() else None,  # rank 0 writes it

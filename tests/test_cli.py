@@ -15,6 +15,12 @@ from r2.store import digest
 # As typed after `stage=ewgs`; every one is refused before torch is imported.
 MISTAKES = {
     "reg=margn": "did you mean 'margin'? choose from kure, l2, l2_10x, linf, margin, smm",
+    "model.weights=no.pth": "model.weights=no.pth: cannot be read (No such file or directory); it is a file",
+    "model=mbv1 model.weights=torchvision": "it has none of mobilenet_v1, only of resnet18 and mobilenet_v2",
+    "model.weights=hf_hub:owner": "is hf_hub:OWNER/NAME/FILE",
+    "model.reset_head=true": "model.reset_head=true: is for weights of your own; add model.weights=FILE",
+    "model.finetune=3": "model.finetune=3: Input should be a valid boolean",
+    "model.weight=a.pth": "did you mean 'model.weights'",
     "modl=mbv1": "did you mean 'model'",
     "stage.bitz=2": "unknown key 'stage.bitz': did you mean 'stage.bits'",
     "model.width_mult=0": "model.width_mult=0",

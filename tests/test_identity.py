@@ -4,7 +4,7 @@ import pytest
 from hydra import initialize_config_dir
 
 from r2 import compose
-from r2.config import UserError, build
+from r2.config import SETTLED, UserError, build
 from r2.identity import axes, of_pretraining, of_run
 from r2.plan.cells import cells_of
 
@@ -56,7 +56,7 @@ def test_of_the_keys_outside_the_groups_only_the_seed_counts():
     config = config_of()
     stage = build(config["stage"])
     before = keys(config, stage)
-    for key in config.keys() - {*GROUPS, "choices", "overrides"}:
+    for key in config.keys() - {*GROUPS, *SETTLED}:
         changed = [new != old for new, old in zip(keys(perturbed(config, None, key), stage), before, strict=True)]
         assert changed == [key == "seed"] * 2, key
 

@@ -45,6 +45,15 @@ def test_seeds_give_mean_and_standard_deviation():
     assert "The paper's, on ImageNet" in text and "| mbv1-0.25 | L-inf | 53.48 | 26.04 |" in text
 
 
+def test_weights_of_another_content_under_one_name_are_another_table():
+    found = [record(command="model.weights=a.pth", seed=seed) for seed in (0, 1)]
+    for one, sha256 in zip(found, ("1" * 64, "2" * 64), strict=True):
+        one["config"]["weights"] = {"sha256": sha256}
+    assert [key.changed for key in tables.measured(found)] == [
+        ("model.weights=a.pth", "sha256 11111111"), ("model.weights=a.pth", "sha256 22222222")
+    ]  # fmt: skip
+
+
 def test_only_the_full_protocol_stands_beside_the_paper():
     full = record(data="imagenet")
     assert "| 60.00 [53.48] | 50.00 [26.04] |" in tables.markdown([full])  # Table 3

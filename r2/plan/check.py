@@ -11,13 +11,14 @@ import os
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from r2 import record, store
+from r2 import record, store, weights
 from r2.config import UserError, build, last_line
 from r2.console import say
 from r2.data.facts import facts
@@ -71,6 +72,7 @@ def check(config: dict, given: Given | None = None) -> None:
         tell(_disk(config))
         say(f"compiler: {_compiler(world.device)}")
     tell(_fits(config))
+    tell(_weights(config))
     tell(_progress(cell))
     if size:
         tell(_time(cell, given))
@@ -95,19 +97,27 @@ def check_all(cells: list[Cell], given: Given | None) -> int:
 
 
 def ready(configs: Iterable[dict]) -> None:
-    """Look once for each data set and number of devices that the unfinished ones of many runs need; nothing is written.
+    """Look once for each data set, number of devices and weights that the unfinished ones of many runs need.
 
     Raises:
         UserError: the first that is not there.
     """
     missing = [config for config in configs if not config["check"] and not cell_of(config).finished(None)]
-    for config in {
-        json.dumps([config["data"], config["devices"]], sort_keys=True): config for config in missing
-    }.values():
+    for sharing in _alike(missing, "data", "devices"):
         if not os.environ.get("WORLD_SIZE"):
-            device_count(config["devices"])
-        with contextlib.closing(build(config["data"])):
-            pass
+            device_count(sharing[0]["devices"])
+        with contextlib.closing(build(sharing[0]["data"])) as data:
+            for config, *_ in _alike(sharing, "model", "weights"):
+                if config["weights"] is not None:
+                    weights.fitting(_network(config, data.num_classes), config)
+
+
+def _alike(configs: Iterable[dict], *keys: str) -> list[list[dict]]:
+    """Configs that have the same at all `keys` together, in order."""
+    found: dict[str, list[dict]] = defaultdict(list)
+    for config in configs:
+        found[json.dumps([config[key] for key in keys], sort_keys=True)].append(config)
+    return list(found.values())
 
 
 def _device() -> torch.device:
@@ -121,10 +131,25 @@ def _device_name(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, {free:.0f} of {total:.0f} GiB free"
 
 
-def _network(config: dict) -> nn.Module:
+def _network(config: dict, num_classes: int | None = None) -> nn.Module:
     """The config's model without values."""
-    with torch.device("meta"):
-        return build(config["model"], num_classes=facts(config).num_classes or 1000)  # where unknown: it hardly counts
+    with torch.device("meta"):  # where the classes are unknown, they hardly count
+        return build(config["model"], num_classes=num_classes or facts(config).num_classes or 1000)
+
+
+def _weights(config: dict) -> Iterator[str]:
+    """Whether the user's weights are there and fit, and what becomes of them."""
+    given = config["weights"]
+    if given is None:
+        return
+    path = weights.path_of(config)
+    if given["file"] is None and not path.exists():
+        yield f"weights: {path} will be downloaded"
+    elif facts(config).num_classes is not None:
+        weights.fitting(_network(config), config)
+    done = "trained on with the recipe" if given["trained"] else "evaluated as they are, without a pretraining"
+    head = ", under a new last layer" if given["new_head"] else ""
+    yield f"weights: {given['source']} (sha256 {given['sha256'][:8]}...){head}, {done}"
 
 
 def _training(config: dict, world: World) -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 from r2 import record
 from r2.config import UserError
 from r2.dist import device_count
+from r2.identity import trains
 from r2.paths import RESULTS
 from r2.plan.cells import Cell, groups
 from r2.plan.speeds import UNKNOWN, Given, Speeds
@@ -29,15 +30,19 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
     for group in groups(planned):
         waiting = [cell for cell in group if not cell.finished(records)]
         if group[0].pretraining is not None:
-            done, axes = group[0].pretrained(), group[0].axes
+            config, axes, done = group[0].config, group[0].axes, group[0].pretrained() or not trains(group[0].config)
             seconds, source = speeds.pretraining(group[0]) if waiting and not done else (0.0, "")
             cost = f", {duration(seconds)}" if seconds else ""
             what = "finished" if done else f"missing{cost}" if waiting else "not needed"
             missing_pretrainings += bool(waiting and not done)
             total += seconds
             sources |= set(source.split("; "))
-            yield (f"pretraining {axes['data']} {axes['model']} {axes['reg']} seed {axes['seed']}, "
-                   f"{group[0].config['recipe']['epochs']} epochs: {what}")  # fmt: skip
+            of = f"{axes['data']} {axes['model']} {axes['reg']} seed {axes['seed']}"
+            begun = f" from {config['weights']['source']}" if config["weights"] else ""
+            if trains(config):
+                yield f"pretraining {of}{begun}, {config['recipe']['epochs']} epochs: {what}"
+            else:
+                yield f"no pretraining {of}:{begun} as it is"
         for cell in group:
             if cell not in waiting:
                 yield f"  finished  {cell.name}"

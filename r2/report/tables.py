@@ -106,6 +106,8 @@ def protocol(record: Record) -> Protocol:
     recipe = record["config"]["recipe"]
     overrides = [word.partition("=") for word in record["overrides"]]
     changed = sorted(f"{key}={value}" for key, _, value in overrides if key not in _AXES | _PLACES)
+    if weights := record["config"].get("weights"):  # a file of the same name may hold others
+        changed.append(f"sha256 {weights['sha256'][:8]}")
     data = record["choices"]["data"]
     if data in _OF_PAPER:
         seen = {"training": record.get("train_images"), "validation": record["metrics"]["images"]}

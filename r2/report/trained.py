@@ -87,7 +87,9 @@ def _described(config: dict) -> dict | None:
         return None
     name = model_name(choices["model"], config["model"].get("width_mult"))
     names = {"data": choices["data"], "model": name, "reg": choices["reg"]}
-    return {**names, "seed": config["seed"], "epochs": config["recipe"]["epochs"], "recipe": config["recipe"]}
+    begun = {"weights": config["weights"]} if "weights" in config else {}  # that training went on from
+    recipe = {**config["recipe"], **begun}
+    return {**names, "seed": config["seed"], "epochs": recipe["epochs"], "recipe": recipe}
 
 
 def _lowest_seed(items: list[tuple[dict, dict, Path]]) -> list[tuple[dict, dict, Path]]:

@@ -1,0 +1,144 @@
+"""A checkpoint of the user's: read without running anything in it, named as the network is, and compared with it."""
+
+import argparse
+import hashlib
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from r2.config import UserError
+from r2.hub import TORCHVISION
+
+# What timm, torchvision, Lightning and r2 put around a state_dict, and wrappers of a module before its names.
+_AROUND = ("state_dict", "model", "model_state_dict", "model_ema")
+_BEFORE = ("module.", "_orig_mod.", "model.")
+_COUNTER = ".num_batches_tracked"  # of BatchNorm; files older than PyTorch 0.4.1 have none, and nothing here reads it
+
+
+def load(model: nn.Module, config: dict) -> nn.Module:
+    """Give `model` the weights that a checked config names, if it names any; a new head keeps its own.
+
+    Raises:
+        UserError: as `fitting`.
+    """
+    if config["weights"] is not None:
+        model.load_state_dict(fitting(model, config), strict=False)
+    return model
+
+
+def fitting(model: nn.Module, config: dict) -> dict[str, Tensor]:
+    """What `model`, which may be on the meta device, is to load.
+
+    Raises:
+        UserError: the file cannot be read, or is of another network; names the first tensor that does not fit.
+    """
+    weights = config["weights"]
+    where, network = f"model.weights={weights['source']}", config["choices"]["model"]
+    found, own, head = _read(where, weights, config), model.state_dict(), _head(model)
+    if weights["new_head"]:
+        found, own = ({k: t for k, t in of.items() if not k.startswith(head)} for of in (found, own))
+    strange = next((key for key in found if key not in own), None)
+    for key, tensor in own.items():
+        if key not in found and not key.endswith(_COUNTER):
+            instead = f"; it holds {strange} {_shape(found[strange])}" if strange else ""
+            raise UserError(f"{where}: has no {key}, which is {_shape(tensor)} in {network}{instead}")
+        if key in found and found[key].shape != tensor.shape:
+            line = f"{where}: {key} is {_shape(found[key])} in the file and {_shape(tensor)} in {network}"
+            if key.startswith(head) and found[key].shape[1:] == tensor.shape[1:]:
+                line += f"; the data have {len(tensor)} classes: model.reset_head=true trains a new last layer"
+            raise UserError(line)
+        number = key not in found or key.endswith(_COUNTER) or found[key].is_floating_point()
+        if not number or (key in found and not found[key].isfinite().all()):
+            raise UserError(f"{where}: {key} holds values that are no finite floating-point numbers")
+    if strange:
+        raise UserError(f"{where}: holds {strange} {_shape(found[strange])}, which {network} does not have")
+    return found
+
+
+def _head(model: nn.Module) -> str:
+    """How the names of the last layer's tensors begin."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1] + "."
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def path_of(config: dict) -> Path:
+    """Where the weights of a checked config lie, or will lie once torchvision's are downloaded."""
+    if config["weights"]["file"] is not None:
+        return Path(config["weights"]["file"])
+    return Path(torch.hub.get_dir(), "checkpoints", TORCHVISION[config["model"]["_target_"].rpartition(".")[2]])
+
+
+def _downloaded(where: str, path: Path) -> Path:
+    """torchvision's file, in the cache of torch.hub."""
+    if not path.exists():
+        url = f"https://download.pytorch.org/models/{path.name}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+        except (OSError, URLError, RuntimeError) as error:
+            raise UserError(f"{where}: cannot be downloaded ({error}); put {url} at {path}") from None
+    return path
+
+
+def _read(where: str, weights: dict, config: dict) -> dict[str, Tensor]:
+    """The state_dict in the file, by the network's own names."""
+    path = path_of(config)
+    try:
+        content = (path if weights["file"] else _downloaded(where, path)).read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    if not hashlib.sha256(content).hexdigest().startswith(weights["sha256"]):
+        raise UserError(
+            f"{where}: {path} has another content (sha256) than {weights['sha256'][:8]}..., by which it is known"
+        )
+    state = _unpacked(where, content, path.suffix == ".safetensors")
+    kept = next((key for key in _AROUND if isinstance(state, dict) and isinstance(state.get(key), dict)), None)
+    state = state[kept] if kept else state
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{where}: holds no state_dict, names with their tensors, but a {type(state).__name__}")
+    named: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = _bare(key)
+        if kept == "model_ema" and name == "n_averaged":  # of AveragedModel
+            continue
+        if not isinstance(value, Tensor):
+            raise UserError(f"{where}: holds no state_dict, for {key} is a {type(value).__name__} and no tensor")
+        if name in named:
+            raise UserError(f"{where}: holds {name} twice, once as {key}; save the state_dict of one model")
+        named[name] = value
+    return named
+
+
+def _unpacked(where: str, content: bytes, safe: bool) -> Any:
+    file = io.BytesIO(content)
+    try:
+        if safe:
+            return safetensors.torch.load(content)
+        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):  # torch.load does not look
+            raise ValueError(f"damaged at {damaged}")
+        file.seek(0)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments in torchvision's checkpoints
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{where}: holds more than tensors and plain values, or is no checkpoint; save its state_dict alone"
+        ) from None
+    except Exception as error:  # of torch, zipfile or safetensors
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(f"{where}: cannot be read ({reason})") from None
+
+
+def _bare(key: str) -> str:
+    while prefix := next((p for p in _BEFORE if key.startswith(p)), ""):
+        key = key.removeprefix(prefix)
+    return key
