@@ -6,16 +6,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)
 all=l2,l2_10x,kure,linf,margin,smm
-five=10,11,12,13,14
+three=10,11,12
+five=$three,13,14
 ten=$five,15,16,17,18,19
 reproduce() {
   "$python" -m r2.reproduce data=fashion_mnist recipe=study model.width_mult=0.25 threads=1 "$@"
 }
 # The gate: spread and failures of three seeds of L2 and L-inf, before anything else.
-reproduce table=3 model=mbv1 reg=l2,linf seeds=10,11,12 "$@"
-reproduce table=2 model=mbv1 reg=l2,linf seeds=10,11,12 stage=none "$@"
+reproduce table=3 model=mbv1 reg=l2,linf seeds=$three "$@"
+reproduce table=2 model=mbv1 reg=l2,linf seeds=$three stage=none "$@"
 # MobileNet-V1: Tables 2, 3 and 5.
-for seeds in $five $ten; do
+for seeds in $three $five $ten; do
   reproduce table=3 model=mbv1 reg=$all seeds=$seeds "$@"
   reproduce table=2 model=mbv1 reg=$all seeds=$seeds stage=none,dfq "$@"
   reproduce table=2 model=mbv1 reg=$all seeds=$seeds stage=none stage.fold_constant=false "$@"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r2.record import Record
-from r2.report.tables import column, protocol, row
-from r2.report.trained import Trained, collect, most_common, read
+from r2.report.tables import column, main_study, protocol, row
+from r2.report.trained import Trained, collect, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,8 @@ def _planned(records: list[Record], weights: Path) -> Iterator[Planned]:
         shown = [regs[reg] for reg in style.ordered(regs)]
         for name, draw in (("figure2", drawn.layers), ("range", drawn.over_epochs)):
             yield Planned(f"{name}_{model}", [trained.sha256 for trained in shown], partial(draw, shown))
-    weighted = most_common([record for record in records if not protocol(record).changed], protocol)
+    study = main_study(records) if records else None
+    weighted = [record for record in records if protocol(record) == study]
     comparable = [record for record in weighted if " " not in row(record)[1] and column(record).folding is None]
     for name, rows, picture in (
         ("claims", verdicts.verdict_rows(weighted), verdicts.verdicts),
@@ -86,10 +87,9 @@ def write(records: list[Record], weights: Path, out: Path) -> list[Path]:
     """Draw every figure that has data: claims, figure1, figure2_<model>, range_<model>, accuracy_bits, accuracy_size,
     accuracy_weight and accuracy_folding.
 
-    The data are those of one protocol, the one with the most records; accuracy_weight adds its runs with other weights
-    of the regularizer. In an SVG text, axes and L2 are #444444 on a
-    transparent ground, for a page to put its own colour there; a PNG is white. Both hold the figure's digest as
-    `Identifier` and a sentence on it as `Description`.
+    The data are those of the main study; accuracy_weight adds its runs with other weights of the regularizer. In an
+    SVG text, axes and L2 are #444444 on a transparent ground, for a page to put its own colour there; a PNG is white.
+    Both hold the figure's digest as `Identifier` and a sentence on it as `Description`.
 
     Args:
         weights: a folder that `collect` has filled; may be missing.

@@ -36,8 +36,9 @@ def write(folder: Path, pretrained: Path | None = None) -> list[Path]:
         for suffix, render in tables.WRITTEN.items():
             write_file(place / f"tables.{suffix}", render(of_data).encode())
         if pretrained is not None and pretrained.is_dir():
-            figures.collect(pretrained, place / "weights", of_data)
-            folding.collect(pretrained, place / "weights", of_data)
+            of_study = [r for r in of_data if tables.protocol(r) == tables.main_study(of_data)]
+            figures.collect(pretrained, place / "weights", of_study)
+            folding.collect(pretrained, place / "weights", of_study)
         figures.write(of_data, place / "weights", place / "figures")
     write_file(folder / "claims.md", claims.markdown(records).encode())
     write_file(folder / "report.html", page(records, folder).encode())
@@ -70,8 +71,8 @@ def page(records: list[Record], folder: Path) -> str:
             "claims": [(claims.heading(key, weight), claims.rows(of)) for weight, of in found.get(key, {}).items()],
             "provenance": _provenance(of_study),
         })  # fmt: skip
-    main = max(studies, key=lambda study: (study["protocol"].full, study["count"]))
-    studies.sort(key=lambda study: (study is not main, -study["count"]))
+    main = tables.main_study(records)
+    studies.sort(key=lambda study: (study["protocol"] != main, -study["count"]))
     shown: set[str] = set()
     for table in (table for study in studies for table in study["tables"]):
         if table["heading"] in shown:
@@ -161,11 +162,9 @@ SHOWN = [FP32, Column("none", 4, 8), Column("ewgs", 2, 2), Column("dkm", 1, None
 
 
 def block(records: list[Record]) -> str:
-    """The README's results, of the largest study: one row per model and regularizer, and the verdicts."""
-    studies = tables.measured(records)
-    counts = {key: sum(tables.protocol(r) == key for r in records) for key in studies}
-    key = max(studies, key=lambda k: (k.full, counts[k]))
-    cells = studies[key]
+    """The README's results, of the main study: one row per model and regularizer, and the verdicts."""
+    key = tables.main_study(records)
+    cells = tables.measured(records)[key]
     rows = tables.ordered(row for row, column in cells if column in SHOWN[1:])
     header = ["Model", "Regularizer", "full precision", *[c.label for c in SHOWN[1:]]]
     body = [[row[0], tables.reg_label(row[1]), *[tables.text(cells.get((row, c))) for c in SHOWN]] for row in rows]

@@ -7,14 +7,16 @@ Under any smaller study the paper's table is printed apart, with its own title.
 import csv
 import io
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
+from omegaconf import OmegaConf
+
 from r2.config import UserError
 from r2.data.facts import FACTS
-from r2.paths import PAPER
+from r2.paths import CONFIGS, PAPER
 from r2.record import Record
 
 REGULARIZERS = {
@@ -114,6 +116,19 @@ def protocol(record: Record) -> Protocol:
         whole = {"training": FACTS[data].train_images, "validation": FACTS[data].val_images}
         changed += [f"{count} {split} images" for split, count in seen.items() if count != whole[split]]
     return Protocol(data, record["choices"]["recipe"], recipe["epochs"], recipe["finetune"]["epochs"], tuple(changed))
+
+
+def main_study(records: Iterable[Record]) -> Protocol:
+    """The one to show first: the paper's own, else one of a recipe as configs/ has it now, else the largest."""
+    counts = Counter(map(protocol, records))
+
+    def worth(key: Protocol) -> tuple[bool, bool, int]:
+        path = CONFIGS / "recipe" / f"{key.recipe}.yaml"
+        recipe: Any = OmegaConf.load(path) if path.exists() else {}
+        now = recipe.get("epochs"), recipe.get("finetune", {}).get("epochs")
+        return key.full, not key.changed and (key.epochs, key.finetune_epochs) == now, counts[key]
+
+    return max(counts, key=worth)
 
 
 Row = tuple[str, str]  # model, regularizer: its option, and its weight where that is not the option's own ("linf 0.1")
