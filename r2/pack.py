@@ -55,25 +55,35 @@ _WIDEST = 16  # bits of a code; a wider weight is stored as it is
 
 
 def save(model: nn.Module, path: Path | str) -> None:
-    """Write a network of r2, compressed or not, atomically.
+    """Write a model, compressed or not, atomically.
+
+    A network of r2 is built again by `load`; one of your own has to be given to it.
 
     Raises:
-        UserError: another network, or the file cannot be written.
+        UserError: the file cannot be written.
     """
     tensors, header = _tensors(model), _header(model)
     header["sha256"] = _digest(header, tensors)
     store.write(Path(path), serialise(tensors, {"r2": json.dumps(header, separators=(",", ":"))}))
 
 
-def load(path: Path | str) -> nn.Module:
+def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
     """The saved model in evaluation mode on the CPU; its logits are the saved one's, bit for bit.
 
+    Args:
+        model: of the saved one's architecture and not compressed, where that is none of r2's; it is changed.
+
     Raises:
-        UserError: the file is missing, damaged, or not a packed file of this version.
+        UserError: the file is missing, damaged, or not a packed file of this version; `model` is missing, compressed
+            or of another architecture (names the first tensor that does not fit).
     """
     header, tensors = _read(Path(path))
+    if model is None and header["architecture"] is None:
+        raise UserError(f"{path}: holds a {header['network']} of your own; give one: r2.pack.load(path, model=...)")
+    if model is not None and compressed(model):
+        raise UserError(f"{path}: the model to load into is compressed already; give a new one")
     try:
-        model = _build(header)
+        model = _build(header, model)
         _fill(model, tensors, set(header["channels_last"]))
     except (UserError, ImportError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
@@ -127,7 +137,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             found |= {f"{name}.{part}": tensor for part, tensor in _parts(module).items()}
         if isinstance(module, LAYERS):
             kept = ("bias",) if name in layers else ("weight", "bias")
-            own = {part: getattr(module, part, None) for part in kept}  # an embedding has no bias
+            own = {part: module._parameters.get(part) for part in kept}  # an embedding has no bias
             found |= {f"{name}.{part}": tensor.data for part, tensor in own.items() if tensor is not None}
         elif state := _state(module):
             found[name] = torch.cat([value.reshape(-1) for value in state.values()])
@@ -175,11 +185,11 @@ def _formatted(tensor: Tensor, channels_last: bool) -> Tensor:
 
 @torch.no_grad()
 def _header(model: nn.Module) -> dict[str, Any]:
-    architecture = getattr(model, "architecture", None)
-    if not isinstance(architecture, dict):
-        raise UserError(f"{type(model).__name__} cannot be packed: only the networks of r2 can be built again")
-    fresh, layers = dict(_network(architecture).named_modules()), compressed(model)
+    architecture, layers = _architecture(model), compressed(model)
+    fresh = dict(_network(architecture).named_modules()) if architecture else {}
     header: dict[str, Any] = {"format": FORMAT, "architecture": architecture, "channels_last": []}
+    if architecture is None:
+        header["network"] = type(model).__name__
     groups: dict[str, dict] = {}
     header["activations"], header["replaced"] = {}, {}
     for name, module in model.named_modules():
@@ -195,6 +205,18 @@ def _header(model: nn.Module) -> dict[str, Any]:
         entry = {"method": _name(type(layer.quantizer)), "settings": layer.quantizer.settings()}
         groups.setdefault(json.dumps(entry), {**entry, "layers": []})["layers"].append(name)
     return {**header, "quantizers": list(groups.values())}
+
+
+def _architecture(model: nn.Module) -> dict[str, Any] | None:
+    """What builds the network again; None where it is none of r2's, or no longer is: its head was replaced."""
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, dict):
+        return None
+    fresh, own = (
+        {name: layer.get_parameter("weight").shape for name, layer in quantizable(of).items()}
+        for of in (_network(architecture), model)
+    )
+    return architecture if fresh == own else None
 
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -243,16 +265,20 @@ def _method(name: str) -> type[Quantizer]:
     return found
 
 
-def _build(header: dict[str, Any]) -> nn.Module:
+def _build(header: dict[str, Any], model: nn.Module | None) -> nn.Module:
     """The network with everything a stage changed in it, its values not yet set."""
-    model = _network(header["architecture"]).to_empty(device="cpu")
-    for buffer in model.buffers():
-        buffer.zero_()
+    if model is None:
+        model = _network(header["architecture"]).to_empty(device="cpu")
+        for buffer in model.buffers():
+            buffer.zero_()
+    model.cpu()
     for kind, names in header["replaced"].items():
         for name in names:
             model.set_submodule(name, _REPLACEMENTS[kind]())
     layers = quantizable(model)
     for group in header["quantizers"]:
+        if strange := [name for name in group["layers"] if name not in layers]:
+            raise ValueError(f"the model has no layer {strange[0]}")
         chosen = {name: layers[name] for name in group["layers"]}
         swap(chosen, lambda _, group=group: _method(group["method"])(**group["settings"]))  # type: ignore[misc]
     for name, bits in header["activations"].items():
@@ -266,6 +292,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str])
     """Set every value of `model`, using up `tensors`."""
 
     def take(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if name not in tensors:
+            raise ValueError(f"it has no {name}")
         tensor = tensors.pop(name)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
@@ -276,9 +304,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str])
         if isinstance(module, LAYERS):
             # a folded BatchNorm leaves a bias, an embedding has none
             if f"{name}.bias" in tensors or getattr(module, "bias", None) is not None:
-                module.bias = nn.Parameter(take(f"{name}.bias", module.weight.shape[0]))
-            if name not in layers:
-                weight = take(f"{name}.weight", *module.weight.shape)
+                own = getattr(module, "bias", None)
+                outputs = module.get_parameter("weight").shape[0] if own is None else own.shape[0]
+                module.bias = nn.Parameter(take(f"{name}.bias", outputs))
+            if name not in layers and "weight" in module._parameters:  # else it is computed from others, set apart
+                weight = take(f"{name}.weight", *module.get_parameter("weight").shape)
                 module.weight = nn.Parameter(_formatted(weight, name in channels_last))
         elif state := _state(module):
             values = take(name, sum(value.numel() for value in state.values()))

@@ -138,15 +138,49 @@ class _Quantized:
         return self.quantizer.out(self.operation(self.quantizer.act(x), weight))
 
 
-class QuantizedConv2d(_Quantized, nn.Conv2d):
-    """A convolution through a quantizer."""
+class _Convolution(_Quantized):
+    """A convolution of any number of dimensions through a quantizer."""
 
     def operation(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, None)
+        return self._conv_forward(x, weight, None)  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.compute(x)
-        return y if self.bias is None else y + self.bias.view(1, -1, 1, 1)
+        return _with_bias(self, self.compute(x))
+
+
+class _Transposed(_Quantized):
+    """A transposed convolution through a quantizer."""
+
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        layer: Any = self
+        function = getattr(F, f"conv_transpose{weight.ndim - 2}d")
+        sizes = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+        return function(x, weight, None, *sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _with_bias(self, self.compute(x))
+
+
+def _with_bias(layer: Any, y: Tensor) -> Tensor:
+    return y if layer.bias is None else y + layer.bias.view(-1, *[1] * (layer.weight.ndim - 2))
+
+
+class QuantizedConv1d(_Convolution, nn.Conv1d): ...
+
+
+class QuantizedConv2d(_Convolution, nn.Conv2d): ...
+
+
+class QuantizedConv3d(_Convolution, nn.Conv3d): ...
+
+
+class QuantizedConvTranspose1d(_Transposed, nn.ConvTranspose1d): ...  # type: ignore[misc]
+
+
+class QuantizedConvTranspose2d(_Transposed, nn.ConvTranspose2d): ...  # type: ignore[misc]
+
+
+class QuantizedConvTranspose3d(_Transposed, nn.ConvTranspose3d): ...  # type: ignore[misc]
 
 
 class QuantizedLinear(_Quantized, nn.Linear):
@@ -170,21 +204,47 @@ class QuantizedEmbedding(_Quantized, nn.Embedding):
         return self.compute(x)
 
 
-LAYERS = (nn.Conv2d, nn.Linear, nn.Embedding)  # what has a weight to compress
-_TWINS: dict[type, type] = {
+_TWINS: dict[type[nn.Module], type] = {
+    nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
     nn.Linear: QuantizedLinear,
     nn.Embedding: QuantizedEmbedding,
 }
+LAYERS = tuple(_TWINS)  # what has a weight to compress
+
+
+def kind_of(layer: nn.Module) -> type[nn.Module]:
+    """The layer of PyTorch that a module is, or is a subclass of."""
+    return next(kind for kind in type(layer).__mro__ if kind in _TWINS)
+
+
+def obstacle(layer: nn.Module, parent: nn.Module | None = None) -> str | None:
+    """Why a layer with a weight cannot be compressed; None if it can."""
+    if "weight" not in layer._parameters:
+        return ("its weight is computed from other parameters; make it one, for instance by "
+                "torch.nn.utils.parametrize.remove_parametrizations")  # fmt: skip
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        return f"{type(parent).__name__} reads its weight itself"
+    kind = kind_of(layer)
+    if isinstance(layer, _Quantized) or type(layer).forward is kind.forward:
+        return None
+    return f"{type(layer).__name__} has a forward of its own"
 
 
 def quantizable(model: nn.Module, skip_first_last: bool = False) -> dict[str, nn.Module]:
-    """Convolutions, linear layers and embeddings by name, in the model's order.
+    """The convolutions, linear layers and embeddings that can be compressed, by name, in the model's order.
 
     Raises:
         UserError: there is none.
     """
-    layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
+    layers: dict[str, nn.Module] = {
+        n: m for n, m in model.named_modules() if isinstance(m, LAYERS) and obstacle(m, parents.get(n)) is None
+    }
     if skip_first_last:
         layers = {name: layers[name] for name in list(layers)[1:-1]}
     if not layers:
@@ -212,7 +272,7 @@ def layer_bits(names: list[str], overrides: Mapping[str, int] | None) -> dict[st
 def swap(layers: Mapping[str, nn.Module], quantizer: Callable[[str], Quantizer]) -> None:
     """Give each layer its twin's class and a quantizer of its own."""
     for name, layer in layers.items():
-        layer.__class__ = _TWINS[type(layer)]
+        layer.__class__ = _TWINS[kind_of(layer)]
         layer.quantizer = quantizer(name).to(layer.weight.device)  # type: ignore[union-attr,arg-type]
 
 
@@ -250,10 +310,12 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Inputs) 
         layer.quantizer.initialise(seen[layer], layer.weight, layer.operation)
 
     hooks = [layer.register_forward_pre_hook(initialise) for layer in layers.values()]
-    with _calibrating(model):
-        model(batch)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with _calibrating(model):
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def quantizer_parameters(layers: Mapping[str, nn.Module]) -> list[nn.Parameter]:

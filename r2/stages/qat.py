@@ -88,15 +88,8 @@ class QAT(Stage):
         """What is done to the gradients of the quantizers' `parameters` before each update."""
         return None
 
-    def __call__(
-        self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
-    ) -> tuple[nn.Module, Outcome]:
-        name = type(self).__name__.lower()
-        if not self.from_scratch:
-            recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
-        if recipe.sync_bn:
-            model = sync_batchnorm(model, run.world)
-        began = time.monotonic()
+    def prepare(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Give every layer a quantizer, not initialised yet; returns these layers."""
         layers = quantizable(model, self.skip_first_last)
         first = next(iter(quantizable(model)))
         overrides = layer_bits(list(layers), self.layer_bits)
@@ -106,6 +99,18 @@ class QAT(Stage):
             return self.quantizer(overrides.get(layer, self.weight_bits), act_bits, len(layers[layer].weight))  # type: ignore[arg-type]
 
         swap(layers, quantizer)
+        return layers
+
+    def __call__(
+        self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
+    ) -> tuple[nn.Module, Outcome]:
+        name = type(self).__name__.lower()
+        if not self.from_scratch:
+            recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
+        if recipe.sync_bn:
+            model = sync_batchnorm(model, run.world)
+        began = time.monotonic()
+        layers = self.prepare(model)
         images, _ = next(data.calibration(recipe.batch_size, run.seed))
         calibrate(model, layers, images)
         initial = evaluate(model, data, run.world, recipe)

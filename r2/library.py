@@ -1,0 +1,131 @@
+"""r2 in a loop of one's own: `r2.compress` swaps a model's layers in place and calibrates them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from r2.config import UserError, build
+from r2.models import Inputs
+from r2.quantizers.layers import LAYERS, calibrate, compressed, obstacle
+from r2.stages.dkm import DKM
+from r2.stages.qat import QAT
+
+METHODS = ("ewgs", "lsq", "pact", "dkm")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compressed and what was not.
+
+    Attributes:
+        compressed: layer to its widths.
+        left_out: layer, or parameter of more than one dimension, to the reason.
+    """
+
+    compressed: dict[str, str]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = [*self.compressed.items(), *((name, f"left out: {why}") for name, why in self.left_out.items())]
+        width = max((len(name) for name, _ in rows), default=0)
+        return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def compress(model: nn.Module, method: str, batch: Inputs, **settings: Any) -> Report:
+    """Compress the layers of any model in place; afterwards train it as before, then `r2.pack.save` it.
+
+    Convolutions, transposed convolutions, linear layers and embeddings become quantized (ewgs, lsq, pact: weights and
+    inputs) or palettized (dkm: weights), and are calibrated on `batch`. Mode, BatchNorm's statistics and the random
+    numbers stay as they were. The quantizers' parameters are new: make the optimizer after this call.
+
+    Args:
+        model: on its device.
+        method: ewgs, lsq, pact or dkm.
+        batch: what the model is called with, of the size and kind that it is trained on.
+        settings: the keys of configs/stage/<method>.yaml but those of training, e.g. bits=4, skip_first_last=True,
+            layer_bits={"head": 8}.
+
+    Returns:
+        what was compressed and what was left out, with the reason.
+
+    Raises:
+        UserError: an unknown method or setting, a value out of range, a model without layers or compressed already, a
+            batch that the model does not take. The model is as it was then.
+    """
+    if compressed(model):
+        raise UserError("the model is compressed already; compress a new one")
+    stage = _stage(method, settings)
+    left_out = _left_out(model, method)
+    before = {name: (module, type(module)) for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    try:
+        idle = _prepare(model, stage, batch)
+    except Exception as error:
+        for module, kind in before.values():
+            _restore(module, kind)
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"the model does not take the batch ({reason})") from None
+    for name in idle:
+        _restore(*before[name])
+        left_out[name] = "it was not called with the batch"
+    return Report({name: _widths(layer.quantizer) for name, layer in compressed(model).items()}, left_out)
+
+
+def _stage(method: str, settings: dict[str, Any]) -> QAT | DKM:
+    """The method with the defaults of configs/stage and these settings, checked as on the command line."""
+    if method not in METHODS:
+        raise UserError(f"method={method!r}: choose from {', '.join(METHODS)}")
+    from r2.plan.cells import cells_of  # Hydra
+
+    (cell,) = cells_of([f"stage={method}"])
+    default = cell.config["stage"]
+    widths = {key: settings["bits"] for key in ("weight_bits", "act_bits") if "bits" in settings and key in default}
+    return build({**default, **widths, **settings})
+
+
+def _prepare(model: nn.Module, stage: QAT | DKM, batch: Inputs) -> list[str]:
+    """Swap and calibrate; returns the layers that the batch did not reach."""
+    if isinstance(stage, DKM):
+        stage.cluster(model, seed=0)
+        return []
+    layers = stage.prepare(model)
+    called: set[str] = set()
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    try:
+        with torch.random.fork_rng():
+            calibrate(model, layers, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in layers if name not in called]
+
+
+def _restore(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+    if "quantizer" in module._modules:
+        del module.quantizer
+
+
+def _left_out(model: nn.Module, method: str) -> dict[str, str]:
+    """Layers that cannot be compressed, and parameters with more than one dimension that are no layer's."""
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            if why := obstacle(module, parents.get(name)):
+                found[name] = why
+        elif not isinstance(module, nn.utils.parametrize.ParametrizationList):  # named by its layer
+            for key, parameter in module.named_parameters(prefix=name, recurse=False):
+                if parameter.ndim > 1:
+                    found[key] = f"{type(module).__name__} is none of the layers that are compressed"
+    return found
+
+
+def _widths(quantizer: Any) -> str:
+    if hasattr(quantizer, "dim"):
+        return f"{2**quantizer.weight_bits} centroids of {quantizer.dim}"
+    inputs = f"{quantizer.act_bits} bits" if quantizer.act_bits else "as they are"
+    return f"weights {quantizer.weight_bits} bits, inputs {inputs}"
