@@ -57,7 +57,9 @@ def record(reg="l2", stage="ewgs", seed=0, bits=2, top1=50.0, recipe="study", di
     axes = {"data": "fashion_mnist", "model": model, "reg": reg, "stage": stage, "seed": seed}
     axes |= {"weight_bits": bits, "act_bits": bits, "dim": dim, "quantized_layers": "all"}
     return {
+        "name": f"{model}_{reg}_{stage}_{bits}_{dim}_{weight}_s{seed}",
         "axes": axes,
+        "details": {},
         "metrics": {"top1": top1, "images": 10},
         "fp32": fp32 and {"top1": fp32},
         "size": {"file_mib": bits / 20},

@@ -112,7 +112,7 @@ def test_a_key_is_compared_without_its_group():
         ("bits=2", "did you mean 'stage.bits'? known are check, "),
         ("width=0.5", "did you mean 'model.width_mult'? known are check, "),
         ("epochs=2", "did you mean 'recipe.epochs' or 'stage.epochs'? known are"),
-        ("model.bits=2", "did you mean 'stage.bits'? known are model.small_input"),
+        ("model.bits=2", "did you mean 'stage.bits'? known are model."),
         ("recipe.finetune.epoch=2", "did you mean 'recipe.finetune.epochs'? known are recipe.finetune.ada"),
         ("sead=2", "did you mean 'seed'? known are"),
         ("strength=2", "unknown key 'strength': known are"),
