@@ -17,4 +17,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"r2.{name}")
     if name == "compress":
         return importlib.import_module("r2.library").compress
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("r2")
     raise AttributeError(f"module 'r2' has no attribute {name!r}")
