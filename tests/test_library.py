@@ -153,7 +153,7 @@ def test_a_batch_of_the_wrong_shape_and_a_second_time_are_refused():
 
 
 def test_import_r2_needs_no_torch():
-    code = "import sys, r2; assert r2.__version__[0].isdigit(); assert 'torch' not in sys.modules; r2.compress; assert 'torch' in sys.modules"
+    code = "import sys, r2; assert r2.__version__[0].isdigit() and 'torch' not in sys.modules; r2.compress"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
