@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from r2.config import UserError
 from r2.data.batches import IGNORED
 from r2.data.folder import Folder, imagenet, imagenette
+from r2.data.folder import folder as own
 from r2.data.images import decode
 from r2.data.memory import cifar10, digits, fashion_mnist
 from r2.dist import World
@@ -229,3 +230,32 @@ def test_images_without_class_folders_are_told_with_what_to_do(tmp_path):
     shutil.rmtree(tmp_path / "train")
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"")
     assert f"prepare_imagenet.py --source {tmp_path} --out SHARDS" in told()
+
+
+def test_a_folder_of_ones_own_counts_its_classes(tmp_path):
+    folder(tmp_path, classes=5)
+    data = own(str(tmp_path), 32, workers=0)
+    assert (data.num_classes, data.train_images, data.val_images) == (5, 30, 30)
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_a_folder_without_validation_images_is_split_by_seed_within_every_class(tmp_path, inside):
+    folder(tmp_path / "made", classes=3, images=10)
+    (tmp_path / "made" / "train").rename(tmp_path / "one")
+    root = tmp_path / "one"
+    if inside:
+        (tmp_path / "outer").mkdir()
+        root = (tmp_path / "one").rename(tmp_path / "outer" / inside).parent
+    data = own(str(root), 32, val_fraction=0.3, workers=0)
+    assert (data.num_classes, data.train_images, data.val_images) == (3, 21, 9)
+    train, val = data._train_source, data._val_source
+    assert np.bincount(val.labels).tolist() == [3, 3, 3] and not set(train.names) & set(val.names)
+    assert own(str(root), 32, val_fraction=0.3, workers=0).fingerprint() == data.fingerprint()
+    assert own(str(root), 32, val_fraction=0.3, split_seed=1, workers=0).fingerprint() != data.fingerprint()
+    with pytest.raises(UserError, match="leaves the class n0000 of 10 images without images for validation"):
+        own(str(root), 32, val_fraction=0.01, workers=0)
+
+
+def test_a_place_without_images_is_named(tmp_path):
+    with pytest.raises(UserError, match="there is no folder of images there"):
+        own(str(tmp_path), 32)

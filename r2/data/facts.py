@@ -26,6 +26,7 @@ FACTS = {
     "imagenet_shards": _IMAGENET,
     "imagenet_dali": _IMAGENET,
     "qnli": Facts(104_743, 5_463, 2),
+    "folder": Facts(image_size=224),
     "fake": Facts(256, 100, 10, 32),
 }
 

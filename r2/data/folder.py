@@ -1,4 +1,4 @@
-"""Image folders, root/{train,val}/<class>/<image>: ImageNet and Imagenette."""
+"""Image folders, root/{train,val}/<class>/<image>: ImageNet, Imagenette and your own."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from r2.config import Count, CountOrZero, UserError
+from r2.config import Count, CountOrZero, Fraction, Place, Seed, UserError
 from r2.data.batches import Data
 from r2.data.images import Images
 
@@ -70,12 +70,12 @@ class Files:
 
 
 class Folder(Images):
-    """root/{train,val}/<class>/<image>."""
+    """root/{train,val}/<class>/<image>; `num_classes` None counts the classes."""
 
     def __init__(
         self,
         root: str,
-        num_classes: int,
+        num_classes: int | None,
         image_size: int,
         workers: int,
         on_bad_image: str,
@@ -88,8 +88,8 @@ class Folder(Images):
         for folder, names in zip(folders, classes, strict=True):
             if not names and (advice := misplaced(folder)):
                 raise UserError(f"data.root={root}: {advice}")
-            if len(names) != num_classes:
-                more = f"; {differ}" if differ else ""
+            if len(names) != (len(classes[0]) if num_classes is None else num_classes):
+                more = f"; {differ}" if differ else "" if num_classes is None else "; images of your own: data=folder"
                 raise UserError(f"data.root={root}: {folder} has {len(names)} class folders, not {num_classes}{more}")
         if differ:
             raise UserError(f"data.root={root}: {differ}")
@@ -97,7 +97,56 @@ class Folder(Images):
             train, val = (Files(str(folder), Visible(str(folder)).samples) for folder in folders)
         except FileNotFoundError as error:
             raise UserError(f"data.root={root}: {str(error).splitlines()[0]}") from None
-        super().__init__(train, val, num_classes, image_size, workers, on_bad_image, calibration_images)
+        super().__init__(train, val, len(classes[0]), image_size, workers, on_bad_image, calibration_images)
+
+
+class Split(Images):
+    """One folder of <class>/<image>, of which a part of every class, drawn by seed, is for validation."""
+
+    def __init__(self, root: Path, fraction: float, seed: int, image_size: int, workers: int, on_bad_image: str,
+                 calibration_images: int):  # fmt: skip
+        try:
+            found = Visible(str(root))
+        except FileNotFoundError as error:
+            raise UserError(f"data.root={root}: {str(error).splitlines()[0]}") from None
+        labels, generator = torch.tensor(found.targets), torch.Generator().manual_seed(seed)
+        held_out: set[int] = set()
+        for label, name in enumerate(found.classes):
+            mine = (labels == label).nonzero().flatten()
+            count = round(fraction * len(mine))
+            if not 0 < count < len(mine):
+                raise UserError(
+                    f"data.val_fraction={fraction:g}: leaves the class {name} of {len(mine)} images without images for "
+                    f"{'validation' if count == 0 else 'training'}"
+                )
+            held_out.update(mine[torch.randperm(len(mine), generator=generator)[:count]].tolist())
+        parts = ([s for i, s in enumerate(found.samples) if (i in held_out) == val] for val in (False, True))
+        train, val = (Files(str(root), part) for part in parts)
+        super().__init__(train, val, len(found.classes), image_size, workers, on_bad_image, calibration_images)
+
+
+def folder(
+    root: Place,
+    image_size: Count = 224,
+    val_fraction: Fraction = 0.2,
+    split_seed: Seed = 0,
+    workers: CountOrZero = 8,
+    on_bad_image: Literal["error", "skip"] = "error",
+    calibration_images: Count = 1024,
+) -> Data:
+    """Images of your own in the ImageFolder layout, of as many classes as there are folders.
+
+    Args:
+        root: with train/ and val/, or with one folder per class (or train/ alone), of which `val_fraction` of every
+            class becomes validation images, drawn by `split_seed`.
+    """
+    place = Path(root)
+    if (place / "train").is_dir() and (place / "val").is_dir():
+        return Folder(root, None, image_size, workers, on_bad_image, calibration_images)
+    whole = place / "train" if (place / "train").is_dir() else place
+    if not class_folders(whole):
+        raise UserError(f"data.root={root}: there is no folder of images there, {whole}/<class>/<image>")
+    return Split(whole, val_fraction, split_seed, image_size, workers, on_bad_image, calibration_images)
 
 
 def imagenet(
