@@ -25,8 +25,8 @@ def duration(seconds: float) -> str:
 
 def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Iterator[str]:
     """The plan, line by line: each pretraining with its runs, then the totals."""
-    total, sources, unknown = 0.0, set[str](), 0
-    missing_runs = missing_pretrainings = 0
+    total, sources = 0.0, set[str]()
+    unknown_runs = unknown_pretrainings = missing_runs = missing_pretrainings = 0
     for group in groups(planned):
         waiting = [cell for cell in group if not cell.finished(records)]
         if group[0].pretraining is not None:
@@ -35,6 +35,7 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
             cost = f", {duration(seconds)}" if seconds else ""
             what = "finished" if done else f"missing{cost}" if waiting else "not needed"
             missing_pretrainings += bool(waiting and not done)
+            unknown_pretrainings += source == UNKNOWN
             total += seconds
             sources |= set(source.split("; "))
             of = f"{axes['data']} {axes['model']} {axes['reg']} seed {axes['seed']}"
@@ -48,7 +49,7 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
                 yield f"  finished  {cell.name}"
                 continue
             seconds, source = speeds.stage(cell)
-            unknown += source == UNKNOWN
+            unknown_runs += source == UNKNOWN
             missing_runs += 1
             total += seconds
             sources |= set(source.split("; "))
@@ -60,8 +61,9 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
         known = "; ".join(sorted(sources - {"", UNKNOWN}))
         cost = f" ({total * speeds.processes / 3600:.1f} GPU-hours)" if speeds.device == "cuda" else ""
         yield f"estimated {duration(total)} on {speeds.machine()}{cost}" + (f"; speeds: {known}" if known else "")
-    if unknown:
-        yield f"not counted: {unknown} runs, of data whose size is not known"
+    if unknown_runs or unknown_pretrainings:
+        yield (f"not counted: {unknown_runs} runs and {unknown_pretrainings} pretrainings, "
+               "of data whose size is not known")  # fmt: skip
 
 
 def processes(devices: int | str, elsewhere: bool) -> int:
