@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from r2.record import Record
 from r2.report.statistics import Estimate, Sample, contrast, holm, seeds_to_decide
-from r2.report.tables import FP32, OUTCOMES, Cells, Column, Outcome, Protocol, measured, paper, with_weight
+from r2.report.tables import FP32, OUTCOMES, Cells, Column, Outcome, Protocol, main_study, measured, paper, with_weight
 
 ALPHA = 0.05
 TOLERANCE = 1.0  # points of top-1 that count as no loss, or as no difference
@@ -263,9 +263,12 @@ def markdown(records: Iterable[Record]) -> str:
         "that would decide it takes effect\nand spread as they are. The paper gives one number per cell, so its "
         "effects have no interval.\n"
     ]
-    for key, of_study in findings(records).items():
-        for weight, found in of_study.items():
+    listed = list(records)
+    main, of_studies = main_study(listed), findings(listed)
+    for key in sorted(of_studies, key=lambda key: key != main):
+        for weight, found in of_studies[key].items():
             table = rows(found)
             lines = [f"| {' | '.join(row)} |\n" for row in table]
-            parts.append(f"## {heading(key, weight)}\n\n{lines[0]}|{'---|' * len(table[0])}\n{''.join(lines[1:])}")
+            title = ("" if key == main else "Appendix: ") + heading(key, weight)
+            parts.append(f"## {title}\n\n{lines[0]}|{'---|' * len(table[0])}\n{''.join(lines[1:])}")
     return "\n".join(parts)

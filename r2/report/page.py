@@ -165,21 +165,22 @@ def block(records: list[Record]) -> str:
     """The README's results, of the main study: one row per model and regularizer, and the verdicts."""
     key = tables.main_study(records)
     cells = tables.measured(records)[key]
-    rows = tables.ordered(row for row, column in cells if column in SHOWN[1:])
-    header = ["Model", "Regularizer", "full precision", *[c.label for c in SHOWN[1:]]]
-    body = [[row[0], tables.reg_label(row[1]), *[tables.text(cells.get((row, c))) for c in SHOWN]] for row in rows]
+    shown = [c for c in SHOWN if any(column == c for _, column in cells)]
+    rows = tables.ordered(row for row, column in cells if column in shown[1:])
+    header = ["Model", "Regularizer", "full precision", *[c.label for c in shown[1:]]]
+    body = [[row[0], tables.reg_label(row[1]), *[tables.text(cells.get((row, c))) for c in shown]] for row in rows]
     parts = [f"{key.label}; top-1 in %, mean ± standard deviation (seeds):\n", tables.markdown_grid([header, *body])]
     if found := claims.findings(records).get(key, {}).get(""):
-        judged = [[c.text, *_effects(c, f), f.verdict] for c, f in found]
-        parts.append("What becomes of the paper's claims here, as differences in points of top-1 where no unit stands "
-                     "([intervals, p values and seeds](results/claims.md)):\n")  # fmt: skip
-        parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "Verdict"], *judged]))
+        judged = [[c.text, *_effects(c, f), f"{f.p:.3f}", str(f.seeds), f.verdict] for c, f in found]
+        parts.append("The paper's claims, tested here. Effects are points of top-1 unless a unit is given; p is "
+                     "adjusted for the number of claims ([intervals](results/claims.md)):\n")  # fmt: skip
+        parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "p", "Seeds", "Verdict"], *judged]))
     return "\n".join(parts)
 
 
 def _effects(claim: claims.Claim, finding: claims.Finding) -> list[str]:
     of_paper = claims.of_paper(claim)
-    return ["-" if of_paper is None else f"{of_paper:+.1f}", f"{finding.effect:+.1f}{claims.UNITS[claim.outcome]}"]
+    return ["-" if of_paper is None else f"{of_paper:+.2f}", f"{finding.effect:+.2f}{claims.UNITS[claim.outcome]}"]
 
 
 def with_block(readme: str, records: list[Record]) -> str:
