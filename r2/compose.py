@@ -19,10 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from r2 import hub
-from r2.config import GROUPS, UserError, build, check, check_targets, take_weights
+from r2.config import GROUPS, UserError, build, check, check_targets, shell_word, take_weights
 from r2.hints import unknown_key, unknown_option
 from r2.paths import CONFIGS
-from r2.record import shell_word
 
 _SEARCHPATH = "hydra.searchpath="
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)

@@ -10,6 +10,8 @@ import copy
 import functools
 import importlib
 import importlib.util
+import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +39,16 @@ def last_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """A line of text whatever is in it: the name of a file may hold line breaks and bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shell_word(word: str) -> str:
+    """A word quoted for a shell; where a character cannot be printed, such as a byte of a name that is not UTF-8, as
+    bash and zsh write it: $'caf\\351'.
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    written = (c if c.isprintable() else "".join(f"\\{byte:03o}" for byte in os.fsencode(c)) for c in word)
+    return "$'" + "".join(f"\\{c}" if c in ("\\", "'") else c for c in written) + "'"
 
 
 Count = Annotated[int, Ge(1)]

@@ -4,9 +4,7 @@ import functools
 import hashlib
 import json
 import math
-import os
 import platform
-import shlex
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from r2.config import UserError
+from r2.config import UserError, shell_word
 from r2.identity import trains
 from r2.paths import REPOSITORY
 
@@ -120,16 +118,6 @@ def weights_summary(weights: dict[str, dict[str, float]]) -> dict[str, float]:
 def command(config: dict) -> str:
     """A command line that repeats the run: one printable line, whatever its values hold."""
     return " ".join(map(shell_word, ["python", "-m", "r2.run", *config["overrides"]]))
-
-
-def shell_word(word: str) -> str:
-    """A word quoted for a shell; where a character cannot be printed, such as a byte of a name that is not UTF-8, as
-    bash and zsh write it: $'caf\\351'.
-    """
-    if word.isprintable():
-        return shlex.quote(word)
-    written = (c if c.isprintable() else "".join(f"\\{byte:03o}" for byte in os.fsencode(c)) for c in word)
-    return "$'" + "".join(f"\\{c}" if c in ("\\", "'") else c for c in written) + "'"
 
 
 def provenance(device: Any) -> dict:
