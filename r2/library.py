@@ -3,16 +3,22 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from r2.config import UserError, build
 from r2.models import Inputs
+from r2.paths import CONFIGS
 from r2.quantizers.layers import LAYERS, calibrate, compressed, obstacle
 from r2.stages.dkm import DKM
 from r2.stages.qat import QAT
 
 METHODS = ("ewgs", "lsq", "pact", "dkm")
+# Keys of configs/stage that r2's own training reads; a loop of one's own decides them itself.
+_OF_THE_LOOP = {
+    "epochs", "batch_size", "lr", "quantizer_lr", "weight_decay", "alpha_decay", "clip_norm", "batchnorm",
+    "from_scratch", "step_limit", "hessian_interval", "hessian_batches", "hessian_batch_size", "hessian_probes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,13 +81,21 @@ def compress(model: nn.Module, method: str, batch: Inputs, **settings: Any) -> R
 
 
 def _stage(method: str, settings: dict[str, Any]) -> QAT | DKM:
-    """The method with the defaults of configs/stage and these settings, checked as on the command line."""
+    """The method with the defaults of configs/stage and these settings, checked as on the command line.
+
+    Without Hydra, which a loop of one's own may be running under.
+    """
     if method not in METHODS:
         raise UserError(f"method={method!r}: choose from {', '.join(METHODS)}")
-    from r2.plan.cells import cells_of  # Hydra
-
-    (cell,) = cells_of([f"stage={method}"])
-    default = cell.config["stage"]
+    options = {"stage": CONFIGS / "stage" / f"{method}.yaml", "recipe": CONFIGS / "recipe" / "folder.yaml"}
+    config = OmegaConf.create({group: OmegaConf.load(path) for group, path in options.items()})
+    default: Any = OmegaConf.to_container(config.stage, resolve=True)
+    known = [key for key in default if key != "_target_" and key not in _OF_THE_LOOP]
+    for key in settings:
+        if key not in known:
+            raise UserError(f"{key}={settings[key]!r}: is no setting of {method}; known are {', '.join(known)}")
+    if settings.get("delta") == "hessian":
+        raise UserError("delta='hessian': is estimated by r2's own training between epochs; give a number")
     widths = {key: settings["bits"] for key in ("weight_bits", "act_bits") if "bits" in settings and key in default}
     return build({**default, **widths, **settings})
 
@@ -95,8 +109,7 @@ def _prepare(model: nn.Module, stage: QAT | DKM, batch: Inputs) -> list[str]:
     called: set[str] = set()
     hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
     try:
-        with torch.random.fork_rng():
-            calibrate(model, layers, batch)
+        calibrate(model, layers, batch)
     finally:
         for hook in hooks:
             hook.remove()

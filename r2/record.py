@@ -191,10 +191,10 @@ def find(folder: Path) -> list[Record]:
     """
     patterns = ("*/record.json", "*/diverged.json", "records/*.json", "*.json")
     found = {path for pattern in patterns for path in folder.glob(pattern)}
-    return [read(path) for path in sorted(found) if path.name != "diverged.json" or path == of_run(path.parent)]
+    return [read(path) for path in sorted(found) if path.name != "diverged.json" or path == path_of(path.parent)]
 
 
-def of_run(directory: Path) -> Path:
+def path_of(directory: Path) -> Path:
     """Where a run's record lies: record.json, or diverged.json where its training only ever diverged."""
     record, diverged = directory / "record.json", directory / "diverged.json"
     return diverged if diverged.exists() and not record.exists() else record
@@ -254,9 +254,9 @@ def of_diverged(
     chance = {"loss": math.log(data.num_classes), "top1": top1, "top5": top5, "images": data.val_images}
     model, begun = untrained
     pretrained = pretrained or replace(begun, metrics=chance)
-    return make(
-        config, axes, directory, pretrained, model, Outcome(chance, details={"diverged": str(reason)}), data, world
-    )
+    outcome = Outcome(chance, details={"diverged": str(reason)})
+    # This rank's own count: the others may not know yet that the run has ended.
+    return make(config, axes, directory, pretrained, model, outcome, data, data.skipped, world)
 
 
 def make(
@@ -267,9 +267,10 @@ def make(
     model: Any,
     outcome: Outcome,
     data: Any,
+    skipped: int,
     world: Any,
 ) -> Record:
-    """Gather a run's record."""
+    """Gather a run's record; `skipped` images could not be decoded since pretraining."""
     from r2 import store
     from r2.pack import size
     from r2.regularizers import describe
@@ -298,7 +299,7 @@ def make(
             "timing": {"pretrain": pretrained.timing, "stage": outcome.timing},
             "processes": world.size,
             "train_images": data.train_images,
-            "skipped_images": pretrained.skipped_images + data.count_skipped(),
+            "skipped_images": pretrained.skipped_images + skipped,
             "weights_summary": weights_summary(pretrained.weights),
             "weights": {
                 "initial": pretrained.weights_initial,

@@ -126,7 +126,7 @@ def reproduce(request: Request) -> int:
     print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)
     ready(cell.config for cell in missing)
     reasons = run_all(missing, request.jobs, visible_gpus())
-    failed = [cell for cell in missing if not record.of_run(cell.directory).exists()]
+    failed = [cell for cell in missing if not record.path_of(cell.directory).exists()]
     for cell in failed:
         print(f"r2: failed: {record.command(cell.config)} ({reasons.get(cell.name, 'not begun')})", file=sys.stderr)
     folder = request.records.parent if request.records else out
@@ -247,7 +247,7 @@ def collect(cells: Iterable, records: Path) -> None:
 
     records.mkdir(parents=True, exist_ok=True)
     for cell in cells:
-        found = record.of_run(cell.directory)
+        found = record.path_of(cell.directory)
         if found.exists():
             shutil.copyfile(found, records / f"{cell.name}.json")
 

@@ -80,7 +80,8 @@ def experiment(config: dict, world: "World") -> "Record":
                     raise
                 if world.main:
                     pack.save(model, directory / "model.safetensors")
-                found = record.make(config, columns, directory, pretrained, model, outcome, data, world)
+                skipped = data.count_skipped()
+                found = record.make(config, columns, directory, pretrained, model, outcome, data, skipped, world)
                 run.finish(model, found)
                 tracker.close()
     if world.main:

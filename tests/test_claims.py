@@ -60,7 +60,8 @@ def test_the_seeds_that_would_decide_do_decide():
     draw = random.Random(1)
 
     def study(seeds):
-        return contrast([(1.0, [draw.gauss(53, 5) for _ in range(seeds)]), (-1.0, [draw.gauss(50, 5) for _ in range(seeds)])])  # fmt: skip # noqa: E501
+        better, worse = ([draw.gauss(mean, 5) for _ in range(seeds)] for mean in (53, 50))
+        return contrast([(1.0, better), (-1.0, worse)])
 
     as_four_seeds_show_it = Estimate(3.0, 5 * math.sqrt(2 / 4), 6.0)
     needed = seeds_to_decide(as_four_seeds_show_it, 4, 3.0, 0.05)
@@ -146,7 +147,8 @@ def test_rounding_also_counts_in_db_and_weights_in_crest():
     sqnr, crest = cells_of(records, "sqnr"), cells_of(records, "crest")
     assert sqnr[("mbv1-0.25", "l2"), NONE] == {0: 18.0, 1: 18.1}
     assert crest[("mbv1-0.25", "l2"), FP32][0] == pytest.approx(2.0)
-    found = {claim.text: finding for claim, finding in claims.judge_all({"top1": {}, "sqnr": sqnr, "crest": crest}, [*CLAIMS, *OWN])}  # fmt: skip # noqa: E501
+    judged = claims.judge_all({"top1": {}, "sqnr": sqnr, "crest": crest}, [*CLAIMS, *OWN])
+    found = {claim.text: finding for claim, finding in judged}
     assert found[OWN[0].text].effect == pytest.approx(3.0) and found[OWN[0].text].verdict == "holds"
 
 

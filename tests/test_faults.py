@@ -382,6 +382,6 @@ def test_a_training_that_diverges_leaves_a_record_at_chance(tmp_path):
     assert found["metrics"]["top1"] == 10.0 and found["fp32"]["loss"] != found["metrics"]["loss"]
     assert "is not finite" in found["details"]["diverged"]
     (path,) = tmp_path.glob("*/diverged.json")
-    assert not (path.parent / "record.json").exists() and record.of_run(path.parent) == path
+    assert not (path.parent / "record.json").exists() and record.path_of(path.parent) == path
     shutil.copyfile(path, path.parent / "record.json")
-    assert record.of_run(path.parent).name == "record.json" and len(record.find(tmp_path)) == 1
+    assert record.path_of(path.parent).name == "record.json" and len(record.find(tmp_path)) == 1

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import initialize_config_dir
 from torch import nn
 from torch.nn import functional as F
 
 import r2
 from r2.config import UserError
+from r2.paths import CONFIGS
 from r2.quantizers.layers import compressed
 
 
@@ -130,7 +132,9 @@ def test_a_network_of_r2_with_another_head_is_one_of_ones_own(tmp_path):
 @pytest.mark.parametrize("method, settings, line", [
     ("lsqq", {}, "choose from ewgs, lsq, pact, dkm"),
     ("lsq", {"bits": 99}, "bits"),
-    ("lsq", {"bit": 4}, "bit"),
+    ("lsq", {"bit": 4}, "bit=4: is no setting of lsq; known are bits"),
+    ("lsq", {"lr": 0.1}, "lr=0.1: is no setting of lsq"),
+    ("ewgs", {"delta": "hessian"}, "give a number"),
     ("lsq", {"layer_bits": {"nowhere": 4}}, "no layer fits 'nowhere'"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_leaves_the_model_as_it_was(method, settings, line):
@@ -138,6 +142,11 @@ def test_a_mistake_is_one_line_and_leaves_the_model_as_it_was(method, settings, 
     with pytest.raises(UserError, match=line) as told:
         r2.compress(model, method, IMAGES, **settings)
     assert "\n" not in str(told.value) and not compressed(model)
+
+
+def test_it_works_inside_a_program_of_hydras():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert "conv" in r2.compress(made(), "lsq", IMAGES, bits=4).compressed
 
 
 def test_a_batch_of_the_wrong_shape_and_a_second_time_are_refused():

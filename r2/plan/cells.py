@@ -43,7 +43,7 @@ class Cell:
         Raises:
             UserError: what lies there is not its record, or was altered.
         """
-        places = [record.of_run(self.directory), *([records / f"{self.name}.json"] if records else [])]
+        places = [record.path_of(self.directory), *([records / f"{self.name}.json"] if records else [])]
         return any(record.read(path, self.name) for path in places if path.exists())
 
     def pretrained(self) -> bool:

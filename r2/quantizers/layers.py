@@ -230,9 +230,9 @@ def obstacle(layer: nn.Module, parent: nn.Module | None = None) -> str | None:
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         return f"{type(parent).__name__} reads its weight itself"
     kind = kind_of(layer)
-    if isinstance(layer, _Quantized) or type(layer).forward is kind.forward:
-        return None
-    return f"{type(layer).__name__} has a forward of its own"
+    computing = ("forward", "_conv_forward")  # of a convolution, the second is what the first calls
+    own = [name for name in computing if getattr(type(layer), name, None) is not getattr(kind, name, None)]
+    return None if isinstance(layer, _Quantized) or not own else f"{type(layer).__name__} has a {own[0]} of its own"
 
 
 def quantizable(model: nn.Module, skip_first_last: bool = False) -> dict[str, nn.Module]:
