@@ -4,7 +4,7 @@ python -m r2.export outputs/<run>                    # its packed model to <run>
 python -m r2.export outputs/<run> --out model.onnx
 
 Weights are initializers of 4, 8 or 16 bits. An activation is Clip (where its levels are not all of its integer type),
-QuantizeLinear and DequantizeLinear. Biases and output scales stay float.
+QuantizeLinear and DequantizeLinear. Biases stay float.
 """
 
 import argparse
@@ -162,7 +162,6 @@ class _Exported(nn.Module):
     values: Tensor
     scale: Tensor
     zero_point: Tensor
-    output_scale: Tensor | None
 
     def __init__(self, layer: Any):
         super().__init__()
@@ -170,15 +169,10 @@ class _Exported(nn.Module):
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
-        output_scale = getattr(layer.quantizer, "output_scale", None)
-        self.register_buffer("output_scale", None if output_scale is None else output_scale.detach().abs())
         self.act = _activation(layer.quantizer)
 
     def weight(self, _: Tensor) -> Tensor:
         return dequantize(self.values, self.scale, self.zero_point)
-
-    def out(self, y: Tensor) -> Tensor:
-        return y if self.output_scale is None else y * self.output_scale
 
 
 def _integer(low: int, high: int) -> torch.dtype:

@@ -18,8 +18,8 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 class fused:
     """Compile `function` on first use for any tensor length; where that fails, say so once and use it as it is.
 
-    The function itself runs where a compiled kernel does not pay or does not fit: short tensors, float64 (held against
-    formulas), and inside a graph that is to be differentiated again.
+    The function itself runs where a compiled kernel does not pay or does not fit: short tensors on a CPU, float64
+    (held against formulas), and inside a graph that is to be differentiated again.
 
     Args:
         at_least: elements of the first argument from which the kernel pays.
@@ -30,7 +30,8 @@ class fused:
         self._compiled: Callable | None = None
 
     def __call__(self, first: torch.Tensor, *rest: Any) -> Any:
-        if first.numel() < self.at_least or first.dtype == torch.float64 or torch.is_grad_enabled():
+        short = first.numel() < self.at_least and first.device.type != "cuda"  # where a launch costs the same for any
+        if short or first.dtype == torch.float64 or torch.is_grad_enabled():
             return self.plain(first, *rest)
         # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
         args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in (first, *rest))
@@ -68,7 +69,10 @@ def matching(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def argmax_abs(w: torch.Tensor) -> torch.Tensor:
-    """Index (1,) of the largest |w|: the maxima of short rows first, so each weight is read once."""
+    """Index (1,) of the largest |w|."""
+    if w.device.type == "cuda":
+        return w.abs().argmax().view(1)
+    # A CPU's argmax is slow: the maxima of short rows first, so each weight is read once.
     rows = w[: w.numel() // 64 * 64].view(-1, 64)
     candidates = [torch.arange(rows.numel(), w.numel(), device=w.device)]
     if len(rows):

@@ -29,7 +29,7 @@ layers share counts once.
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,27 @@ def wide(w: Tensor) -> Tensor:
     return w if w.dtype == torch.float64 else w.float()
 
 
+class Columns(NamedTuple):
+    """What a step has gradients for: the layer and the column of each, in one order."""
+
+    layers: list[int]
+    columns: list[int]
+
+
+def _take(values: Tensor, index: list[int]) -> Tensor:
+    """values[index]; a list as an index would be copied to the device, and the host would wait for that."""
+    return values if index == list(range(len(values))) else torch.stack([values[i] for i in index])
+
+
+def _add(target: Tensor, index: list[int], added: Tensor) -> None:
+    """target[index] += added, where an index may stand more than once."""
+    if index == list(range(len(target))):
+        target += added
+    else:
+        for i, value in zip(index, added.unbind(), strict=True):
+            target[i] += value
+
+
 class Regularizer(nn.Module):
     """A weighted sum of one term per weight tensor (and per column, for `dim` > 1).
 
@@ -140,20 +161,36 @@ class Regularizer(nn.Module):
         """The differentiable term of one column of one layer."""
         raise NotImplementedError
 
-    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
-        """The term's value; adds `scale()` times its gradient to the flat `grad`."""
+    def measure(self, w: Tensor, grad: Tensor, layer: int, column: int) -> tuple[Tensor, ...]:
+        """What `solve` needs to know of a flat column, as scalars; may add to the flat `grad` what is known by now."""
+        raise NotImplementedError
+
+    def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, Tensor | None]:
+        """The arithmetic between a column's sums and its gradient, for all columns at once.
+
+        Args:
+            measured: (columns, scalars of `measure`).
+
+        Returns:
+            the terms (columns,), and what `pull` is given of each (columns, any) if there is more to add; also adds
+            to the gradients of the term's own parameters.
+        """
+        raise NotImplementedError
+
+    def pull(self, w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
+        """Add `scale()` times the term's gradient to the flat `grad`."""
         raise NotImplementedError
 
     def scale(self) -> float:
         return self.weight
 
-    def total(self, terms: list[Tensor]) -> Tensor:
-        device = next(iter(self._named.values())).device
-        return self.scale() * torch.stack(terms).sum() if terms else torch.zeros((), device=device)
-
     def forward(self) -> Tensor:
         """The weighted total over the weights that are trained, as a differentiable scalar."""
-        return self.total([self.term(wide(self.part(w, j)), i, j) for i, j, w in self.columns()])
+        terms = [self.term(wide(self.part(w, j)), i, j) for i, j, w in self.columns()]
+        return self.scale() * torch.stack(terms).sum() if terms else self._zero()
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=next(iter(self._named.values())).device)
 
     @torch.no_grad()
     def add_gradients(self) -> Tensor:
@@ -165,22 +202,32 @@ class Regularizer(nn.Module):
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        values, trained = [], False
-        for i, j, w in self.columns():
-            trained = True
-            if w.grad is None:  # the step has not used it
-                continue
+        columns = list(self.columns())
+        used = [(i, j, w) for i, j, w in columns if w.grad is not None]  # the others the step has not used
+        if not used:
+            if columns:
+                raise UserError("no weight has a gradient: call add_gradients after loss.backward()")
+            return self._zero()
+        flats = []
+        for _, j, w in used:
+            assert w.grad is not None
             if self.dim == 1 and w.stride() == w.grad.stride():
-                values.append(self.term_gradient(flat(w.detach()), flat(w.grad), i, j))
+                flats.append((flat(w.detach()), flat(w.grad)))
             else:  # columns are strided: work on a copy of each
-                part, grad = self.part(w.detach(), j), self.part(w.grad, j)
-                flat_part = wide(part.reshape(-1))
-                added = torch.zeros_like(flat_part)
-                values.append(self.term_gradient(flat_part, added, i, j))
-                grad += added.view(part.shape)
-        if trained and not values:
-            raise UserError("no weight has a gradient: call add_gradients after loss.backward()")
-        return self.total(values)
+                part = wide(self.part(w.detach(), j).reshape(-1))
+                flats.append((part, torch.zeros_like(part)))
+        measured = [self.measure(*pair, i, j) for pair, (i, j, _) in zip(flats, used, strict=True)]
+        scalars = torch.stack([scalar for row in measured for scalar in row]).view(len(used), -1)
+        terms, coefficients = self.solve(scalars, Columns([i for i, _, _ in used], [j for _, j, _ in used]))
+        if coefficients is not None:
+            for pair, row in zip(flats, coefficients.unbind(), strict=True):
+                self.pull(*pair, row)
+        for (_, added), (_, j, w) in zip(flats, used, strict=True):
+            assert w.grad is not None
+            if self.dim > 1 or w.stride() != w.grad.stride():
+                grad = self.part(w.grad, j)
+                grad += added.view(grad.shape)
+        return self.scale() * terms.sum()
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """The optimizer group of the term's own parameters: no weight decay, their own learning rate."""
@@ -201,11 +248,11 @@ class L2(Regularizer):
         self.decay = factor
 
     def forward(self) -> Tensor:
-        return self.total([])
+        return self._zero()
 
     @torch.no_grad()
     def add_gradients(self) -> Tensor:
-        return self.forward()
+        return self._zero()
 
 
 class LInf(Regularizer):
@@ -217,11 +264,19 @@ class LInf(Regularizer):
     def term(self, w: Tensor, layer: int, column: int) -> Tensor:
         return l_inf(w)
 
-    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
-        index = argmax_abs(w)
-        value = w[index]
-        grad[index] += self.weight * value.sign()
-        return wide(value).abs().squeeze()
+    def measure(self, w: Tensor, grad: Tensor, layer: int, column: int) -> tuple[Tensor, ...]:
+        return (_largest(w, grad, self.weight),)
+
+    def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, None]:
+        return measured[:, 0], None
+
+
+@_fused
+def _largest(w: Tensor, grad: Tensor, scale: float) -> Tensor:
+    index = argmax_abs(w)
+    value = w.index_select(0, index)
+    grad.index_add_(0, index, (scale * value.sign()).to(grad.dtype))
+    return wide(value).abs().squeeze()
 
 
 class Margin(Regularizer):
@@ -251,16 +306,21 @@ class Margin(Regularizer):
     def term(self, w: Tensor, layer: int, column: int) -> Tensor:
         return margin(w, self.margin[layer, column])
 
-    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
-        m = self.margin.detach()[layer, column]
-        scale = torch.full((), self.weight, dtype=m.dtype, device=w.device)
-        excess, outside, largest = _margin(w, grad, m.abs(), scale)
-        assert self.margin.grad is not None
+    def measure(self, w: Tensor, grad: Tensor, layer: int, column: int) -> tuple[Tensor, ...]:
+        return _margin(w, grad, self.margin.detach()[layer, column], self.weight)
+
+    def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, None]:
+        excess, outside, largest = measured.unbind(1)
+        entries = [layer * self.dim + column for layer, column in zip(at.layers, at.columns, strict=True)]
+        m = _take(self.margin.detach().view(-1), entries)
         # an M of exactly 0 has no sign, and must grow all the same
         sign = torch.where(m < 0, -1.0, 1.0)
-        self.margin.grad[layer, column] += self.weight * sign * (1 - outside).clamp(-1, 1) * largest
-        self._counts[layer, column] = outside
-        return m.abs() + excess
+        pull = self.weight * sign * (1 - outside).clamp(-1, 1) * largest
+        assert self.margin.grad is not None
+        _add(self.margin.grad.view(-1), entries, pull)
+        self._counts.zero_()
+        _add(self._counts.view(-1), entries, outside)
+        return m.abs() + excess, None
 
     def log(self) -> dict[str, float]:
         return {
@@ -270,12 +330,12 @@ class Margin(Regularizer):
 
 
 @_fused
-def _margin(w: Tensor, grad: Tensor, m: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    w = wide(w)
+def _margin(w: Tensor, grad: Tensor, m: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    w, m = wide(w), m.abs()
     excess = (w.abs() - m).relu()
     outside = excess > 0
     grad.add_(w.sign() * outside * scale)
-    return excess.sum(), outside.sum(), m + excess.amax()  # the last is max(m, max |w|)
+    return excess.sum(), outside.sum().to(m.dtype), m + excess.amax()  # the last is max(m, max |w|)
 
 
 class SoftMinMax(Regularizer):
@@ -302,24 +362,28 @@ class SoftMinMax(Regularizer):
         alpha = self.temperature[layer]
         return soft_min_max(w, alpha) - (torch.exp(-alpha) if column else 0)
 
-    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
-        alpha = self.temperature.detach()[layer]
-        low, high = (wide(extreme) for extreme in w.aminmax())
-        # exp(alpha (w - peak)) <= 1 for either sign of alpha
-        top, bottom = torch.where(alpha >= 0, high, low), torch.where(alpha >= 0, low, high)
-        sums = _soft_sums(w, alpha, top, bottom)
-        zp, p1, p2, zq, q1, q2 = sums
+    def measure(self, w: Tensor, grad: Tensor, layer: int, column: int) -> tuple[Tensor, ...]:
+        return _soft_sums(w, self.temperature.detach()[layer])
+
+    def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, Tensor]:
+        zp, p1, p2, zq, q1, q2, top, bottom = measured.unbind(1)
+        alpha = _take(self.temperature.detach(), at.layers)
         s_max, s_min = p1 / zp, q1 / zq
         coefficients = torch.stack(
-            [self.weight * (1 - alpha * s_max) / zp, self.weight * alpha / zp,
-             self.weight * (1 + alpha * s_min) / zq, self.weight * alpha / zq]
+            [alpha, top, bottom,
+             self.weight * (1 - alpha * s_max) / zp, self.weight * alpha / zp,
+             self.weight * (1 + alpha * s_min) / zq, self.weight * alpha / zq], 1
         )  # fmt: skip
-        _soft_gradient(w, grad, alpha, top, bottom, *coefficients)
         spread = (p2 / zp - s_max**2) + (q2 / zq - s_min**2)
-        once = torch.exp(-alpha) if column == 0 else torch.zeros_like(alpha)
+        once = torch.exp(-alpha)
+        if self.dim > 1:  # a layer's columns share its temperature, whose own term counts once
+            once = torch.stack([value * (column == 0) for value, column in zip(once, at.columns, strict=True)])
         assert self.temperature.grad is not None
-        self.temperature.grad[layer] += self.weight * (spread - once)
-        return s_max - s_min + once
+        _add(self.temperature.grad, at.layers, self.weight * (spread - once))
+        return s_max - s_min + once, coefficients
+
+    def pull(self, w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
+        _soft_gradient(w, grad, coefficients)
 
     def log(self) -> dict[str, float]:
         alpha = self.temperature.detach()
@@ -327,19 +391,20 @@ class SoftMinMax(Regularizer):
 
 
 @_fused
-def _soft_sums(w: Tensor, alpha: Tensor, top: Tensor, bottom: Tensor) -> tuple[Tensor, ...]:
-    w = wide(w)
+def _soft_sums(w: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
+    low, high = w.amin(), w.amax()
+    w, low, high = wide(w), wide(low), wide(high)
+    # exp(alpha (w - peak)) <= 1 for either sign of alpha
+    top, bottom = torch.where(alpha >= 0, high, low), torch.where(alpha >= 0, low, high)
     p, q = torch.exp(alpha * (w - top)), torch.exp(alpha * (bottom - w))
     pw, qw = p * w, q * w
-    return p.sum(), pw.sum(), (pw * w).sum(), q.sum(), qw.sum(), (qw * w).sum()
+    return p.sum(), pw.sum(), (pw * w).sum(), q.sum(), qw.sum(), (qw * w).sum(), top, bottom
 
 
 @_fused
-def _soft_gradient(
-    w: Tensor, grad: Tensor, alpha: Tensor, top: Tensor, bottom: Tensor,
-    p0: Tensor, p1: Tensor, q0: Tensor, q1: Tensor
-) -> None:  # fmt: skip
+def _soft_gradient(w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
     # p (1 + alpha (w - s_max)) - q (1 - alpha (w - s_min)), the constants folded
+    alpha, top, bottom, p0, p1, q0, q1 = coefficients.unbind()
     w = wide(w)
     p, q = torch.exp(alpha * (w - top)), torch.exp(alpha * (bottom - w))
     grad.add_(p * (p0 + p1 * w) - q * (q0 - q1 * w))
@@ -351,6 +416,11 @@ class Kurtosis(Regularizer):
     def __init__(self, model: nn.Module, weight: NonNegative = 1.0, target: Positive = 1.8, dim: Count = 1):
         super().__init__(model, weight, dim)
         self.target = target
+        columns = [(i, j, self.part(w, j)) for i, j, w in self.columns(every=True)]
+        device = columns[0][2].device
+        exact = torch.float64 if device.type != "mps" else torch.float32
+        self._sizes = torch.tensor([part.numel() for _, _, part in columns], dtype=exact, device=device)
+        self._at = {(i, j): at for at, (i, j, _) in enumerate(columns)}
 
     def scale(self) -> float:
         return self.weight / max(1, sum(w.requires_grad for w in self._named.values()))
@@ -358,18 +428,18 @@ class Kurtosis(Regularizer):
     def term(self, w: Tensor, layer: int, column: int) -> Tensor:
         return kurtosis(w, self.target)
 
-    def term_gradient(self, w: Tensor, grad: Tensor, layer: int, column: int) -> Tensor:
-        n = w.numel()
-        if n < 2:
-            return wide(w).sum() * 0
-        # Power sums about the first weight: exact enough in float32 while the weights are centred near zero.
-        sums = _moments(w)
-        raw1, raw2, raw3, raw4 = (s.double() / n if w.device.type != "mps" else s / n for s in sums)
-        mean = raw1
+    def measure(self, w: Tensor, grad: Tensor, layer: int, column: int) -> tuple[Tensor, ...]:
+        # Power sums about zero: exact enough in float32 while the weights are centred near it.
+        return _moments(w)
+
+    def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, Tensor]:
+        n = _take(self._sizes, [self._at[key] for key in zip(at.layers, at.columns, strict=True)])
+        mean, raw2, raw3, raw4 = (measured.to(n.dtype) / n[:, None]).unbind(1)
         m2 = (raw2 - mean**2).clamp(min=0)
         m3 = raw3 - 3 * mean * raw2 + 2 * mean**3
         m4 = raw4 - 4 * mean * raw3 + 6 * mean**2 * raw2 - 3 * mean**4
-        variance = m2 * n / (n - 1)
+        bessel = n / (n - 1).clamp(min=1)
+        variance = m2 * bessel
         valid = variance > 1e-20
         inverse = torch.where(valid, variance, 1.0).rsqrt()
         kurt = m4 * inverse**4
@@ -377,9 +447,12 @@ class Kurtosis(Regularizer):
         factor = outer * 4 / n * inverse
         skew = m3 * inverse**3
         # factor (z^3 - mean z^3 - z k n / (n - 1)), z = (w - mean) inverse
-        arguments = [mean, inverse, factor, -factor * kurt * n / (n - 1), -factor * skew]
-        _kurtosis_gradient(w, grad, *(a.to(sums[0].dtype) for a in arguments))
-        return torch.where(valid, (kurt - self.target) ** 2, 0.0).to(sums[0].dtype)
+        coefficients = torch.stack([mean, inverse, factor, -factor * kurt * bessel, -factor * skew], 1)
+        terms = torch.where(valid, (kurt - self.target) ** 2, 0.0)
+        return terms.to(measured.dtype), coefficients.to(measured.dtype)
+
+    def pull(self, w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
+        _kurtosis_gradient(w, grad, coefficients)
 
 
 @_fused
@@ -390,9 +463,8 @@ def _moments(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_fused
-def _kurtosis_gradient(
-    w: Tensor, grad: Tensor, mean: Tensor, inverse: Tensor, cubic: Tensor, linear: Tensor, constant: Tensor
-) -> None:
+def _kurtosis_gradient(w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
+    mean, inverse, cubic, linear, constant = coefficients.unbind()
     z = (wide(w) - mean) * inverse
     grad.add_(z * (cubic * z * z + linear) + constant)
 

@@ -64,7 +64,7 @@ def test_forwards_on_fake_cuda(network, method):
     with FakeTensorMode():
         state = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").requires_grad_(tensor.requires_grad)
-            for name, tensor in model.state_dict(keep_vars=True).items()
+            for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items()
         }
         images = torch.empty(4, 3, 64, 64, device="cuda")
         with OnDevice():

@@ -30,45 +30,88 @@ def quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, delta: float | 
         raise ValueError(f"bits must be between 1 and 32, got {bits}")
     levels = torch.full((), 2.0**bits - 1, dtype=x.dtype, device=x.device)
     delta = torch.as_tensor(delta, dtype=x.dtype, device=x.device)
-    return _Quantize.apply(x, lower, upper, levels, delta, x.new_ones(()), x.new_zeros(()))
+    return _Inputs.apply(x, lower, upper, levels, delta, x.new_zeros(()))
 
 
-class _Quantize(torch.autograd.Function):
+class _Inputs(torch.autograd.Function):
+    """q + signed lower / (upper - lower): from q alone, or with the offset that keeps zero where it was."""
+
     @staticmethod
-    def forward(ctx, x, lower, upper, levels, delta, gain, shift):  # type: ignore[no-untyped-def]
-        """gain q + shift: one pass for what follows q."""
-        ctx.save_for_backward(x, lower, upper, levels, delta, gain)
-        return unflat(_discretise(flat(x), lower, upper, levels, gain, shift), x)
+    def forward(ctx, x, lower, upper, levels, delta, signed):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, lower, upper, levels, delta, signed)
+        return unflat(_inputs(flat(x), lower, upper, levels, signed), x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, lower, upper, levels, delta, gain = ctx.saved_tensors
-        grad = matching(grad, x)
-        gx, gz_z, gz = _scaled_gradient(flat(x), flat(grad), lower, upper, levels, delta, gain)
-        width = upper - lower
-        # z = (x - l)/(u - l):  dz/du = -z/(u - l),  dz/dl = (z - 1)/(u - l)
-        return unflat(gx, x), ((gz_z - gz) / width).view_as(lower), (-gz_z / width).view_as(upper), *[None] * 4
+        x, *others = ctx.saved_tensors
+        gx, g_lower, g_upper = _input_gradients(flat(x), flat(matching(grad, x)), *others)
+        return unflat(gx, x), g_lower, g_upper, None, None, None
+
+
+class _Weights(torch.autograd.Function):
+    """(2 q - 1) |scale|."""
+
+    @staticmethod
+    def forward(ctx, w, lower, upper, levels, delta, scale):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(w, lower, upper, levels, delta, scale)
+        return unflat(_weights(flat(w), lower, upper, levels, scale), w)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        w, *others = ctx.saved_tensors
+        gw, g_lower, g_upper, g_scale = _weight_gradients(flat(w), flat(matching(grad, w)), *others)
+        return unflat(gw, w), g_lower, g_upper, None, None, g_scale
 
 
 @fused
-def _discretise(x: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    z = ((x - lower) / (upper - lower)).clamp(0, 1)
-    return torch.round(z * levels) / levels * gain + shift
+def _inputs(x: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, signed: Tensor) -> Tensor:
+    width = upper - lower
+    return torch.round(((x - lower) / width).clamp(0, 1) * levels) / levels + signed * lower / width
 
 
 @fused
-def _scaled_gradient(
-    x: Tensor, grad: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, delta: Tensor, gain: Tensor
+def _weights(w: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    z = ((w - lower) / (upper - lower)).clamp(0, 1)
+    return (torch.round(z * levels) / levels * 2 - 1) * scale.abs()
+
+
+@fused
+def _input_gradients(
+    x: Tensor, grad: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, delta: Tensor, signed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z = (x - lower) / (upper - lower)
+    width = upper - lower
+    z = (x - lower) / width
+    gz = _discretiser_gradient(z, torch.round(z.clamp(0, 1) * levels) / levels, grad, delta)
+    offset = signed * grad.sum() / width
+    # z = (x - l) / (u - l):  dz/du = -z / (u - l),  dz/dl = (z - 1) / (u - l)
+    moment, total = (gz * z).sum(), gz.sum()
+    g_lower = (moment - total) / width + offset * (upper / width)
+    return gz / width, g_lower, -moment / width - offset * (lower / width)
+
+
+@fused
+def _weight_gradients(
+    w: Tensor, grad: Tensor, lower: Tensor, upper: Tensor, levels: Tensor, delta: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = upper - lower
+    z = (w - lower) / width
     q = torch.round(z.clamp(0, 1) * levels) / levels
+    gz = _discretiser_gradient(z, q, 2 * scale.abs() * grad, delta)
+    moment, total = (gz * z).sum(), gz.sum()
+    g_scale = (grad * (2 * q - 1)).sum() * scale.sign()
+    return gz / width, (moment - total) / width, -moment / width, g_scale
+
+
+def _discretiser_gradient(z: Tensor, q: Tensor, grad: Tensor, delta: Tensor) -> Tensor:
     # The mask is explicit: the closed interval is the method's, whatever clamp's gradient is at its bounds.
-    gz = torch.where((z >= 0) & (z <= 1), gain * grad * (1 + delta * torch.sign(grad) * (z - q)), 0.0)
-    return gz / (upper - lower), (gz * z).sum(), gz.sum()
+    return torch.where((z >= 0) & (z <= 1), grad * (1 + delta * torch.sign(grad) * (z - q)), 0.0)
 
 
 class EWGS(Quantizer):
     """One layer's EWGS: discrete weights in [-1, 1], discrete inputs in [0, 1], one learnable output scale.
+
+    The official code multiplies the output by the scale; here it multiplies the weight, which gives the same and costs
+    less.
 
     A signed layer (its input has negative values, decided at calibration) computes with q + lower / (upper - lower),
     the dequantised input over its range, so that zero stays zero; an unsigned one is exactly the official form.
@@ -88,6 +131,8 @@ class EWGS(Quantizer):
     weight_delta: Tensor
     act_delta: Tensor
     signed: Tensor
+    weight_levels: Tensor
+    act_levels: Tensor
     tap: Callable[[str, Tensor], Tensor] | None = None  # where the Hessian estimate reaches the discrete values
 
     def __init__(
@@ -105,6 +150,8 @@ class EWGS(Quantizer):
         self.register_buffer("weight_delta", torch.tensor(float(delta)))
         self.register_buffer("act_delta", torch.tensor(float(delta)))
         self.register_buffer("signed", torch.tensor(0.0))
+        for name, bits in (("weight_levels", weight_bits), ("act_levels", act_bits or 1)):
+            self.register_buffer(name, torch.tensor(2.0**bits - 1), persistent=False)
 
     @torch.no_grad()
     def initialise(self, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> None:
@@ -121,26 +168,25 @@ class EWGS(Quantizer):
             self.signed.copy_(least < 0)
             self.act_lower.copy_(torch.where(least < 0, -3 * std, least))
             self.act_upper.copy_(torch.where(least < 0, 3 * std, half_normal))
+        self.output_scale.fill_(1.0)
         self.output_scale.copy_(output_ratio(self, inputs, weight, operation))
 
     def weight(self, w: Tensor) -> Tensor:
-        """2q - 1 in [-1, 1]."""
+        """2q - 1 in [-1, 1], times the output scale."""
         bounds = self.weight_lower, self.weight_upper
         if self.tap is not None:
-            return self.tap("weight", quantize(w, *bounds, self.weight_bits, self.weight_delta)) * 2 - 1
-        levels = w.new_full((), 2.0**self.weight_bits - 1)
-        return _Quantize.apply(w, *bounds, levels, self.weight_delta, w.new_full((), 2.0), w.new_full((), -1.0))
+            q = self.tap("weight", quantize(w, *bounds, self.weight_bits, self.weight_delta))
+            return (q * 2 - 1) * self.output_scale.abs()
+        return _Weights.apply(w, *bounds, self.weight_levels, self.weight_delta, self.output_scale)
 
     def act(self, x: Tensor) -> Tensor:
         if self.act_bits is None:
             return x
-        q = quantize(x, self.act_lower, self.act_upper, self.act_bits, self.act_delta)
+        bounds = self.act_lower, self.act_upper
         if self.tap is not None:
-            q = self.tap("act", q)
-        return q + self.signed * self.act_lower / (self.act_upper - self.act_lower)
-
-    def out(self, y: Tensor) -> Tensor:
-        return y * self.output_scale.abs()
+            q = self.tap("act", quantize(x, *bounds, self.act_bits, self.act_delta))
+            return q + self.signed * self.act_lower / (self.act_upper - self.act_lower)
+        return _Inputs.apply(x, *bounds, self.act_levels, self.act_delta, self.signed)
 
     @torch.no_grad()
     def encode(self, w: Tensor) -> Tensor:
@@ -148,11 +194,12 @@ class EWGS(Quantizer):
         return torch.round(q.reshape(-1) * (2**self.weight_bits - 1)).to(torch.int32)
 
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
-        return (codes.to(like.dtype) / (2**self.weight_bits - 1) * 2 - 1).view(like.shape)
+        q = codes.to(like.dtype) / (2**self.weight_bits - 1)
+        return ((q * 2 - 1) * self.output_scale.abs()).view(like.shape)
 
     def weight_grid(self) -> WeightGrid:
         last = 2**self.weight_bits - 1  # 2 code / n - 1: every second integer from -n to n, times 1 / n
-        return WeightGrid(-last, 2, -last, last, torch.tensor(1 / last))
+        return WeightGrid(-last, 2, -last, last, self.output_scale.abs() / last)
 
     def activation_grid(self) -> ActivationGrid | None:
         if self.act_bits is None:

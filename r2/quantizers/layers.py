@@ -54,8 +54,10 @@ Operation = Callable[[Tensor, Tensor], Tensor]  # of a layer's input and weight,
 class Quantizer(nn.Module):
     """What a method does to one layer; each part is the identity unless the method says otherwise.
 
-    The layer computes `out(operation(act(x), weight(w))) + bias`. `decode(encode(w), w)` equals `weight(w)` of the
-    finished model bit for bit: that is what makes a packed file exact.
+    The layer computes `operation(act(x), weight(w), bias)`. A factor that a method puts on the output belongs into
+    `weight`: the operation is linear, and a weight has fewer elements to multiply than an output.
+
+    `decode(encode(w), w)` equals `weight(w)` of the finished model bit for bit: that is what makes a packed file exact.
     """
 
     weight_bits: int
@@ -68,9 +70,6 @@ class Quantizer(nn.Module):
 
     def act(self, x: Tensor) -> Tensor:
         return x
-
-    def out(self, y: Tensor) -> Tensor:
-        return y
 
     def encode(self, w: Tensor) -> Tensor:
         """Non-negative integer codes below 2^weight_bits (int32, or uint8), flat."""
@@ -129,40 +128,33 @@ class _Quantized:
     weight: Tensor
     codes: Tensor | None = None
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The bare operation, without bias."""
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's own operation."""
         raise NotImplementedError
 
-    def compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = self.weight if self.codes is not None else self.quantizer.weight(self.weight)
-        return self.quantizer.out(self.operation(self.quantizer.act(x), weight))
+        return self.operation(self.quantizer.act(x), weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, getattr(self, "bias", None))  # an embedding has none
 
 
 class _Convolution(_Quantized):
     """A convolution of any number of dimensions through a quantizer."""
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, None)  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _with_bias(self, self.compute(x))
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._conv_forward(x, weight, bias)  # type: ignore[attr-defined]
 
 
 class _Transposed(_Quantized):
     """A transposed convolution through a quantizer."""
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         layer: Any = self
         function = getattr(F, f"conv_transpose{weight.ndim - 2}d")
         sizes = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-        return function(x, weight, None, *sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _with_bias(self, self.compute(x))
-
-
-def _with_bias(layer: Any, y: Tensor) -> Tensor:
-    return y if layer.bias is None else y + layer.bias.view(-1, *[1] * (layer.weight.ndim - 2))
+        return function(x, weight, bias, *sizes)
 
 
 class QuantizedConv1d(_Convolution, nn.Conv1d): ...
@@ -186,22 +178,15 @@ class QuantizedConvTranspose3d(_Transposed, nn.ConvTranspose3d): ...  # type: ig
 class QuantizedLinear(_Quantized, nn.Linear):
     """A linear layer through a quantizer."""
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.compute(x)
-        return y if self.bias is None else y + self.bias
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class QuantizedEmbedding(_Quantized, nn.Embedding):
     """An embedding through a quantizer, which must leave its input, the token numbers, alone."""
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.embedding(x, weight, self.padding_idx)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x)
 
 
 _TWINS: dict[type[nn.Module], type] = {

@@ -5,7 +5,6 @@ Backward:  dx = g  on the closed interval q_min <= x / s <= q_max, else 0
            ds = k sum g (round(z) - z inside | q_min below | q_max above),  z = x / s,  k = 1 / sqrt(N q_max)
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,21 +30,25 @@ def quantize(x: Tensor, step: Tensor, quant_min: int, quant_max: int, grad_scale
     """
     if not quant_min <= 0 < quant_max:
         raise ValueError(f"the bounds must hold quant_min <= 0 < quant_max, got {quant_min} and {quant_max}")
-    scale = 1 / math.sqrt(x.numel() // step.numel() * quant_max) if grad_scale is None else grad_scale
-    return _Quantize.apply(x, step, *(x.new_full((), value) for value in (quant_min, quant_max, scale)))
+    one, half, top, scale = (
+        None if value is None else x.new_full((), value) for value in (1, -quant_min, quant_max - quant_min, grad_scale)
+    )
+    return _Quantize.apply(x, step, one, half, top, scale)
 
 
 class _Quantize(torch.autograd.Function):
+    """The levels are 0 .. top, and with `signed` 1 in place of 0 -half .. top - half: it stays on the device."""
+
     @staticmethod
-    def forward(ctx, x, step, low, high, scale):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, step, low, high, scale)
-        return unflat(_round(_rows(x, step), step.view(-1, 1).to(x.dtype), low, high).view(-1), x)
+    def forward(ctx, x, step, signed, half, top, scale):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, step, signed, half, top, scale)
+        return unflat(_round(_rows(x, step), step.view(-1, 1), signed, half, top).view(-1), x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, step, low, high, scale = ctx.saved_tensors
-        gx, gs = _gradients(_rows(x, step), _rows(matching(grad, x), step), step.view(-1, 1).to(x.dtype), low, high)
-        return unflat(gx.view(-1), x), (gs * scale).view_as(step).to(step.dtype), None, None, None
+        x, step, *others = ctx.saved_tensors
+        gx, gs = _gradients(_rows(x, step), _rows(matching(grad, x), step), step.view(-1, 1), *others)
+        return unflat(gx.view(-1), x), gs.view_as(step), None, None, None, None
 
 
 def _rows(x: Tensor, step: Tensor) -> Tensor:
@@ -53,17 +56,30 @@ def _rows(x: Tensor, step: Tensor) -> Tensor:
     return flat(x).view(step.numel(), -1)
 
 
-@fused
-def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.round(torch.minimum(torch.maximum(x / step, low), high)) * step
+def _positive(step: Tensor) -> Tensor:
+    """Training may push a step through zero; its size is what counts."""
+    return step.abs().clamp(min=1e-8)
 
 
 @fused
-def _gradients(x: Tensor, grad: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    z = x / step
+def _round(x: Tensor, step: Tensor, signed: Tensor, half: Tensor, top: Tensor) -> Tensor:
+    size, low = _positive(step).to(x.dtype), -signed * half
+    return torch.round(torch.minimum(torch.maximum(x / size, low.to(x.dtype)), (top + low).to(x.dtype))) * size
+
+
+@fused
+def _gradients(
+    x: Tensor, grad: Tensor, step: Tensor, signed: Tensor, half: Tensor, top: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    low = -signed * half
+    high = top + low
+    z = x / _positive(step).to(x.dtype)
     inside = (z >= low) & (z <= high)
-    slope = torch.where(inside, torch.round(z) - z, torch.where(z < low, low, high))
-    return torch.where(inside, grad, 0.0), (grad * slope).sum(1)
+    slope = torch.where(inside, torch.round(z) - z, torch.where(z < low, low, high).to(z.dtype))
+    scale = (x.shape[1] * high).rsqrt() if scale is None else scale
+    # the sign of a step that went through zero; none where its size is held at the least
+    side = torch.where(step.abs() >= 1e-8, step.sign(), 0.0)
+    return torch.where(inside, grad, 0.0), ((grad * slope).sum(1, keepdim=True) * scale).to(step.dtype) * side
 
 
 @torch.no_grad()
@@ -104,6 +120,11 @@ class LSQ(Quantizer):
     weight_step: nn.Parameter
     act_step: nn.Parameter
     signed: Tensor
+    one: Tensor
+    weight_half: Tensor
+    weight_top: Tensor
+    act_half: Tensor
+    act_top: Tensor
 
     def __init__(self, weight_bits: int, act_bits: int | None, channels: int = 1):
         super().__init__()
@@ -112,6 +133,12 @@ class LSQ(Quantizer):
         self.weight_step = nn.Parameter(torch.ones(()) if channels == 1 else torch.ones(channels))
         self.act_step = nn.Parameter(torch.ones(()), requires_grad=act_bits is not None)
         self.register_buffer("signed", torch.tensor(0.0))
+        low, high = self._weight_bounds()
+        ranges = {"weight_half": -low, "weight_top": high - low}
+        if act_bits is not None:
+            ranges |= {"act_half": 2 ** (act_bits - 1), "act_top": 2**act_bits - 1}
+        for name, value in ({"one": 1} | ranges).items():
+            self.register_buffer(name, torch.tensor(float(value)), persistent=False)
 
     @torch.no_grad()
     def initialise(self, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> None:
@@ -127,33 +154,31 @@ class LSQ(Quantizer):
         return bounds(self.weight_bits, signed=True)
 
     def _act_bounds(self) -> tuple[Tensor, Tensor]:
-        """On the device: a Python condition on `signed` would wait for it in every step."""
-        assert self.act_bits is not None
-        half = self.signed * 2.0 ** (self.act_bits - 1)
-        return -half, 2.0**self.act_bits - 1 - half
-
-    def _weight_step(self, w: Tensor) -> Tensor:
-        step = _positive(self.weight_step)
-        return step if self.channels == 1 else step.view(-1, *[1] * (w.ndim - 1))
+        """On the device: a Python condition on `signed` would wait for it."""
+        low = -self.signed * self.act_half
+        return low, low + self.act_top
 
     def weight(self, w: Tensor) -> Tensor:
-        return quantize(w, self._weight_step(w), *self._weight_bounds())
+        return _Quantize.apply(w, self.weight_step, self.one, self.weight_half, self.weight_top, None)
 
     def act(self, x: Tensor) -> Tensor:
         if self.act_bits is None:
             return x
-        low, high = (bound.to(x.dtype) for bound in self._act_bounds())
-        return _Quantize.apply(x, _positive(self.act_step), low, high, (x.numel() * high).rsqrt())
+        return _Quantize.apply(x, self.act_step, self.signed, self.act_half, self.act_top, None)
 
     @torch.no_grad()
     def encode(self, w: Tensor) -> Tensor:
         low, high = self._weight_bounds()
-        levels = torch.round((w / self._weight_step(w).to(w.dtype)).clamp(low, high)).reshape(-1)
+        levels = torch.round((w / self._weight_size(w)).clamp(low, high)).reshape(-1)
         return levels.to(torch.int32) - low
 
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
         low, _ = self._weight_bounds()
-        return (codes + low).to(like.dtype).view(like.shape) * self._weight_step(like).to(like.dtype)
+        return (codes + low).to(like.dtype).view(like.shape) * self._weight_size(like)
+
+    def _weight_size(self, like: Tensor) -> Tensor:
+        size = _positive(self.weight_step).to(like.dtype)
+        return size if self.channels == 1 else size.view(-1, *[1] * (like.ndim - 1))
 
     def weight_grid(self) -> WeightGrid:
         low, high = self._weight_bounds()
@@ -173,8 +198,3 @@ def _first_step(x: Tensor, quant_max: Tensor) -> Tensor:
     """(steps,) of the rows of x."""
     size = x.abs().mean(1)
     return 2 * torch.where(size > 0, size, torch.ones_like(size)) / quant_max.sqrt()
-
-
-def _positive(step: Tensor) -> Tensor:
-    """Training may push a step through zero; its size is what counts."""
-    return step.abs().clamp(min=1e-8)

@@ -29,41 +29,44 @@ def quantize_activation(x: Tensor, alpha: Tensor, bits: int, signed: bool = Fals
     """
     if not 1 <= bits <= 32 or (signed and bits == 1):
         raise ValueError(f"bits must be between {1 + signed} and 32, got {bits}")
-    return _clipped(x, alpha, bits, x.new_full((), float(signed)))
-
-
-def _clipped(x: Tensor, alpha: Tensor, bits: int, signed: Tensor) -> Tensor:
-    """`signed`, 0 or 1, stays on the device: a Python condition would wait for it in every step."""
-    levels = 2.0**bits - 1 - signed * 2.0 ** (bits - 1)  # 2^(bits - 1) - 1 on either side of zero
-    return _Clip.apply(x, alpha, levels.to(x.dtype), -signed.to(x.dtype))
+    half, top = (x.new_full((), value) for value in (2.0 ** (bits - 1), 2.0**bits - 1))
+    return _Clip.apply(x, alpha, x.new_full((), float(signed)), half, top)
 
 
 class _Clip(torch.autograd.Function):
+    """`signed`, 0 or 1, stays on the device: a Python condition would wait for it in every step."""
+
     @staticmethod
-    def forward(ctx, x, alpha, levels, side):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, alpha, side)
-        return unflat(_clip(flat(x), alpha, levels, side), x)
+    def forward(ctx, x, alpha, signed, half, top):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, alpha, signed)
+        return unflat(_clip(flat(x), alpha, signed, half, top), x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, alpha, side = ctx.saved_tensors
-        grad = matching(grad, x)
-        gx, ga = _clip_gradients(flat(x), flat(grad), alpha, side)
-        return unflat(gx, x), ga.view_as(alpha), None, None
+        x, alpha, signed = ctx.saved_tensors
+        gx, ga = _clip_gradients(flat(x), flat(matching(grad, x)), alpha, signed)
+        return unflat(gx, x), ga, None, None, None
+
+
+def _size(alpha: Tensor) -> Tensor:
+    """Training may push a clip through zero; its size is what counts."""
+    return alpha.abs().clamp(min=1e-6)
 
 
 @fused
-def _clip(x: Tensor, alpha: Tensor, levels: Tensor, side: Tensor) -> Tensor:
-    clipped = torch.minimum(torch.maximum(x, side * alpha), alpha)
+def _clip(x: Tensor, alpha: Tensor, signed: Tensor, half: Tensor, top: Tensor) -> Tensor:
+    alpha, levels = _size(alpha), top - signed * half  # 2^(bits - 1) - 1 on either side of zero
+    clipped = torch.minimum(torch.maximum(x, (-signed * alpha).to(x.dtype)), alpha.to(x.dtype))
     return torch.round(clipped * (levels / alpha)) * (alpha / levels)
 
 
 @fused
-def _clip_gradients(x: Tensor, grad: Tensor, alpha: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+def _clip_gradients(x: Tensor, grad: Tensor, alpha: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
     # The bounds are explicit: dx is on the closed interval, and x = alpha moves alpha too.
-    low = side * alpha
-    above, below = torch.where(x >= alpha, grad, 0.0), torch.where((x <= low) & (side < 0), grad, 0.0)
-    return torch.where((x >= low) & (x <= alpha), grad, 0.0), (above - below).sum()
+    size = _size(alpha)
+    low, side = -signed * size, torch.where(alpha.abs() >= 1e-6, alpha.sign(), 0.0)
+    above, below = torch.where(x >= size, grad, 0.0), torch.where((x <= low) & (signed > 0), grad, 0.0)
+    return torch.where((x >= low) & (x <= size), grad, 0.0), (above - below).sum() * side
 
 
 def quantize_weight(w: Tensor, bits: int) -> Tensor:
@@ -74,43 +77,44 @@ def quantize_weight(w: Tensor, bits: int) -> Tensor:
     """
     if not 1 <= bits <= 32:
         raise ValueError(f"bits must be between 1 and 32, got {bits}")
-    return w if bits == 32 else _DoReFa.apply(w, bits)
+    return w if bits == 32 else _DoReFa.apply(w, bits, w.new_ones(()))
 
 
 class _DoReFa(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w, bits):  # type: ignore[no-untyped-def]
+    def forward(ctx, w, bits, scale):  # type: ignore[no-untyped-def]
+        """The levels times a constant scale."""
         values = flat(w)
         ctx.bits = bits
         if bits == 1:
-            return unflat(torch.where(values >= 0, 1.0, -1.0).to(w.dtype) * values.abs().mean(), w)
-        top = argmax_abs(values)
-        largest = values[top].abs().tanh().squeeze()
-        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+            ctx.save_for_backward(scale)
+            return unflat(torch.where(values >= 0, 1.0, -1.0).to(w.dtype) * values.abs().mean() * scale, w)
         levels = torch.full((), 2.0**bits - 1, dtype=w.dtype, device=w.device)
-        quantized, t = _dorefa(values, largest, levels)
-        ctx.save_for_backward(w, t, top, largest)
+        quantized, largest = _dorefa(values, levels, scale)
+        ctx.save_for_backward(w, largest, scale)
         return unflat(quantized, w)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         if ctx.bits == 1:
-            return grad, None
-        w, t, top, largest = ctx.saved_tensors
-        gw, total = _dorefa_gradient(t, flat(matching(grad, w)), largest)
-        gw[top] -= t[top].sign() * total / largest / largest * (1 - t[top] ** 2)
-        return unflat(gw, w), None
+            return grad * ctx.saved_tensors[0], None, None
+        w, largest, scale = ctx.saved_tensors
+        return unflat(_dorefa_gradient(flat(w), flat(matching(grad, w)), largest, scale), w), None, None
 
 
 @fused
-def _dorefa(w: Tensor, largest: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    t = torch.tanh(w)
-    return 2 * (torch.round((t / (2 * largest) + 0.5) * levels) / levels) - 1, t
+def _dorefa(w: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    largest = w.abs().amax().tanh()
+    largest = torch.where(largest > 0, largest, 1.0)
+    return (2 * (torch.round((w.tanh() / (2 * largest) + 0.5) * levels) / levels) - 1) * scale, largest
 
 
 @fused
-def _dorefa_gradient(t: Tensor, grad: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    return grad / largest * (1 - t * t), (grad * t).sum()
+def _dorefa_gradient(w: Tensor, grad: Tensor, largest: Tensor, scale: Tensor) -> Tensor:
+    t, grad, top = w.tanh(), grad * scale, argmax_abs(w)
+    slope = 1 - t * t
+    at_top = t.index_select(0, top).sign() * slope.index_select(0, top) * (grad * t).sum() / largest / largest
+    return (grad / largest * slope).index_add(0, top, -at_top)
 
 
 class PACT(Quantizer):
@@ -124,6 +128,8 @@ class PACT(Quantizer):
     output_scale: Tensor
     signed: Tensor
     weight_size: Tensor
+    act_half: Tensor
+    act_top: Tensor
 
     def __init__(self, weight_bits: int, act_bits: int | None, alpha: float | None = None):
         super().__init__()
@@ -132,6 +138,9 @@ class PACT(Quantizer):
         self.register_buffer("output_scale", torch.tensor(1.0))
         self.register_buffer("signed", torch.tensor(0.0))
         self.register_buffer("weight_size", torch.tensor(1.0))  # mean|w| at 1 bit, known to `decode` after `encode`
+        if act_bits is not None:
+            for name, value in (("act_half", 2.0 ** (act_bits - 1)), ("act_top", 2.0**act_bits - 1)):
+                self.register_buffer(name, torch.tensor(value), persistent=False)
 
     @torch.no_grad()
     def initialise(self, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> None:
@@ -143,21 +152,19 @@ class PACT(Quantizer):
                 raise UserError("pact at 1 bit: a layer's input has negative values, which 1 bit cannot sign")
             if self.start is None:
                 self.alpha.copy_(_first_clip(x))
+        self.output_scale.fill_(1.0)
         self.output_scale.copy_(output_ratio(self, inputs, weight, operation))
 
     def weight(self, w: Tensor) -> Tensor:
-        return quantize_weight(w, self.weight_bits)
+        """DoReFa's levels times the output scale: the operation is linear, and a weight has fewer elements."""
+        if self.weight_bits == 32:
+            return w * self.output_scale
+        return _DoReFa.apply(w, self.weight_bits, self.output_scale)
 
     def act(self, x: Tensor) -> Tensor:
         if self.act_bits is None:
             return x
-        return _clipped(x, self._clip(), self.act_bits, self.signed)
-
-    def _clip(self) -> Tensor:
-        return self.alpha.abs().clamp(min=1e-6)
-
-    def out(self, y: Tensor) -> Tensor:
-        return y * self.output_scale
+        return _Clip.apply(x, self.alpha, self.signed, self.act_half, self.act_top)
 
     @torch.no_grad()
     def encode(self, w: Tensor) -> Tensor:
@@ -172,19 +179,19 @@ class PACT(Quantizer):
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:
         values = codes.to(like.dtype)
         if self.weight_bits == 1:
-            return ((2 * values - 1) * self.weight_size).view(like.shape)
-        return (2 * (values / (2**self.weight_bits - 1)) - 1).view(like.shape)
+            return ((2 * values - 1) * self.weight_size * self.output_scale).view(like.shape)
+        return ((2 * (values / (2**self.weight_bits - 1)) - 1) * self.output_scale).view(like.shape)
 
     def weight_grid(self) -> WeightGrid:
         last = 2**self.weight_bits - 1  # 2 code / n - 1: every second integer from -n to n, times 1 / n
-        scale = self.weight_size if self.weight_bits == 1 else torch.tensor(1 / last)
-        return WeightGrid(-last, 2, -last, last, scale)
+        size = self.weight_size if self.weight_bits == 1 else 1 / last
+        return WeightGrid(-last, 2, -last, last, self.output_scale * size)
 
     def activation_grid(self) -> ActivationGrid | None:
         if self.act_bits is None:
             return None
         last = 2 ** (self.act_bits - 1) - 1 if self.signed else 2**self.act_bits - 1
-        return ActivationGrid(-last if self.signed else 0, last, self._clip() / last)
+        return ActivationGrid(-last if self.signed else 0, last, _size(self.alpha) / last)
 
     def settings(self) -> dict[str, Any]:
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits}
