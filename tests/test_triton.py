@@ -34,9 +34,10 @@ def kernels(monkeypatch):
 
 
 @compiled
-def test_in_the_interpreter():
+@pytest.mark.parametrize("chosen", ["777 or 100-3-3 or dead", pytest.param("test", marks=pytest.mark.slow)])
+def test_in_the_interpreter(chosen):
     """In a process of its own: Triton reads the variable when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(Path(__file__))]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
@@ -140,7 +141,6 @@ def test_kernels_compile(capability):
 
 @compiled
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("bits, dim", [(1, 1), (4, 1), (8, 1), (2, 2), (4, 4), (3, 3), (8, 8)])
-def test_kernels_of_every_size_compile(bits, dim, capability):
-    compiles(2**bits, dim, capability)
+def test_kernels_of_every_size_compile(bits, dim):
+    compiles(2**bits, dim, 90)
