@@ -23,7 +23,7 @@ FOUND = {
             }
         },
         "tests": {"result": {"passed": 9, "failed": ["a"], "skipped": 1, "finished": False}, "error": "not finished"},
-        "cell": {"result": {"command": "python", "wall_seconds": 60.0, "fp32": {"top1": 90.0}, "metrics": {"top1": 80}}},
+        "cell": {"result": {"command": "run", "wall_seconds": 60.0, "fp32": {"top1": 90.0}, "metrics": {"top1": 80}}},
     },
 }  # fmt: skip
 
