@@ -49,7 +49,7 @@ CODEBOOKS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4), (8, 1)]
 REGULARIZERS = [regularizers.L2, regularizers.Kurtosis, regularizers.LInf, regularizers.Margin, regularizers.SoftMinMax]
 QUANTIZERS: dict[str, Callable[[], nn.Module]] = {
     "ewgs": lambda: EWGS(2, 2), "lsq": lambda: LSQ(2, 2), "pact": lambda: PACT(2, 2),
-    **{f"dkm {b} bits dim {d}": partial(Palette, b, d, 0.05, True, 5, 0.0) for b, d in CODEBOOKS},
+    **{f"dkm {b} bits dim {d}": partial(Palette, b, d, 0.05, True, 5, 0.0) for b, d in ((1, 1), (4, 1), (4, 4))},
 }  # fmt: skip
 
 parser = argparse.ArgumentParser()
@@ -167,16 +167,19 @@ def agreement(smallest: bool) -> dict[str, Any]:
         swap(layers, lambda _, quantizer=quantizer: quantizer())
         calibrate(model, layers, images)
         found[name] = both(model)
+        keep(found)
     for name in ("none", "dfq", "adaround"):
-        found[name] = {"logits": _of_post_training(name, original, images)}
+        found[name] = {"logits": _of_post_training(name, original, images, 2 if smallest else 50)}
+        keep(found)
     return found
 
 
-def _of_post_training(name: str, original: nn.Module, images: Tensor) -> float:
+def _of_post_training(name: str, original: nn.Module, images: Tensor, iterations: int) -> float:
     from r2.config import build
     from r2.plan.cells import cells_of
 
-    stage = build(cells_of(["data=fake", "recipe=smoke", f"stage={name}"])[0].config["stage"])
+    words = ["data=fake", "recipe=smoke", f"recipe.finetune.adaround_iterations={iterations}", f"stage={name}"]
+    stage = build(cells_of(words)[0].config["stage"])
     logits = []
     for where in (torch.device("cpu"), device):
         model = copy.deepcopy(original).eval().to(where)
@@ -248,6 +251,7 @@ def dkm(smallest: bool) -> dict[str, Any]:
         row["ours"]["error"] = (vectorize(soft.detach().double(), dim)[0] - exact).abs().max().item()
         row["ours"]["gradient_error"] = ((small.grad - exact_gradient).norm() / exact_gradient.norm()).item()
         rows[f"{bits} bits, dim {dim}"] = row
+        keep(rows)
     return rows
 
 
@@ -345,6 +349,7 @@ def throughput(smallest: bool) -> dict[str, Any]:
             for variant, ms in best_ms(variants, 1 if smallest else 8, warm_up=1 if smallest else 3).items():
                 row[variant + ", cudnn.benchmark" * benchmark] = 1e3 * batch / ms
         found[name] = row
+        keep(found)
     return found
 
 
@@ -445,15 +450,15 @@ def tests(smallest: bool) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ sections
 
-# In the order of what is missed most; seconds that each may take. The tests have what is left, and at least theirs.
+# In the order of what is missed most; seconds that each may take, LIMIT in all. The tests have whatever is left.
 SECTIONS: dict[str, tuple[Callable[[bool], dict[str, Any]], int]] = {
-    "agreement": (agreement, 60),
+    "agreement": (agreement, 110),
     "dkm": (dkm, 60),
-    "throughput": (throughput, 70),
+    "throughput": (throughput, 60),
     "steps": (steps, 80),
-    "resume": (resume, 70),
-    "cell": (cell, 100),
-    "input": (images_in, 60),
+    "resume": (resume, 60),
+    "cell": (cell, 80),
+    "input": (images_in, 50),
     "tests": (tests, 40),
 }
 _kept: Path | None = None  # where the section of this process leaves its result
@@ -488,9 +493,10 @@ def in_a_process(name: str, seconds: float, smallest: bool) -> dict[str, Any]:
                     error = (errors.read().strip().splitlines() or [f"ended with {process.returncode}"])[-1]
             except subprocess.TimeoutExpired:
                 error = f"not finished in {seconds:.0f} s"
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it had started
-            process.wait()
+            finally:  # it and what it has started end, also where this program is told to
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         found: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
         if result.exists():
             found["result"] = json.loads(result.read_text())
@@ -504,6 +510,7 @@ def main() -> None:
         _kept = arguments.out
         keep(SECTIONS[arguments.section][0](arguments.smallest))
         os._exit(0)  # leaving otherwise waits for the processes of compilers
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     wanted = arguments.only.split(",") if arguments.only else list(SECTIONS)
     if unknown := set(wanted) - set(SECTIONS):
         parser.error(f"--only {','.join(sorted(unknown))}: sections are {', '.join(SECTIONS)}")
