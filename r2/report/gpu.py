@@ -105,7 +105,8 @@ def _dkm(found: dict, sections: dict) -> Rows:
 def _of_dkm(who: str, of: dict[str, Any]) -> str:
     if "ms" not in of:
         return f"{who} does not run ({of['error']})".replace("|", "/")
-    return f"{who} {of['ms']:.2f} ms, {of['mib']:,.0f} MiB"
+    off = f", off by {of['weights_off']:.1e}, gradient {of['gradient_off']:.1e}" if "weights_off" in of else ""
+    return f"{who} {of['ms']:.2f} ms, {of['mib']:,.0f} MiB{off}"
 
 
 def _cell(found: dict, sections: dict) -> Rows:
