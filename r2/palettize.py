@@ -5,8 +5,9 @@ With D the squared Euclidean distances of the vectors W (n, d) to the centroids 
     A = softmax(-D / temperature) over the centroids,   C' = A^T W / colsum(A),   and at last   W~ = A C'
 
 The gradient goes through every iteration. The attention A is never stored: each pass over the weights computes it
-again, so memory beyond the weights is that of one small piece. A pass is a C++ kernel (passes.cpp, compiled on
-first use by the compiler behind torch.compile) for float32 on a CPU, and chunked PyTorch elsewhere.
+again, so memory beyond the weights is that of one small piece. For float32, a pass is a C++ kernel on a CPU
+(passes.cpp, compiled on first use by the compiler behind torch.compile) and a Triton kernel on a GPU (gpu.py);
+elsewhere it is chunked PyTorch.
 """
 
 import copy

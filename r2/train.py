@@ -79,6 +79,7 @@ def train(
     forward = torch.compile(net) if recipe.compile else net
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
     autocast = _autocast(recipe, device)
+    choose_convolutions(recipe, device)
 
     with upkeep.watch(), Phase(phase, total, upkeep.step, world.main) as bar:
         while position.epoch < recipe.epochs:
@@ -109,6 +110,14 @@ def train(
             upkeep.after_epoch(row, last=position.epoch == recipe.epochs - 1)
     seconds = upkeep.seconds() if not upkeep.resumed else max(position.seconds, 1e-9)
     return Trained(round(seconds, 2), round(total * recipe.batch_size / seconds, 1), summary(position.rows))
+
+
+def choose_convolutions(recipe: Recipe, device: torch.device) -> None:
+    """Let cuDNN time its algorithms for each shape, in bf16 and fp16.
+
+    In float32 it keeps to its table, which names the same ones in every process: a run that goes on rounds as before.
+    """
+    torch.backends.cudnn.benchmark = device.type == "cuda" and recipe.precision != "fp32"
 
 
 def _begin_step(optimizers: list[Optimizer], factor: float) -> None:

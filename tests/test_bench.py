@@ -1,6 +1,7 @@
 """Every benchmark runs to its last line, at its smallest size: what it prints there is no measurement."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ BENCH = REPOSITORY / "scripts" / "bench"
 SMALLEST = {
     "data": "--rounds 1 --images 64 --batch 32 --workers 1",
     "dkm": "--rounds 1 --channels 16 --batch 4 --size 64 --width 0.125",
+    "gpu": "--smallest --out .",
     "ptq": "--model mobilenet_v1 --width 0.25 --images 8 --iterations 1 2",
     "step": "--rounds 1 --batch 2 --size 32 --model mobilenet_v1 --width 0.25",
 }
@@ -29,11 +31,14 @@ def test_every_benchmark_has_a_smallest_size():
 def test_a_benchmark_ends_and_prints_finite_numbers(name, tmp_path):
     done = subprocess.run(
         [sys.executable, str(BENCH / f"{name}.py"), *SMALLEST[name].split()],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=600,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     words = done.stdout.split()
     assert len(words) > 20 and not {"nan", "inf", "-inf"} & set(words)
+    if name == "gpu":
+        sections = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+        assert len(sections) == 8 and all("result" in found and "error" not in found for found in sections.values())
 
 
 @pytest.mark.slow

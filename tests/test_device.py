@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from r2 import kernels, models, regularizers
+from r2.clustering import passes
 from r2.palettize import Palette
 from r2.quantizers import ewgs, lsq, pact
 from r2.quantizers.layers import quantizable, quantizer_parameters, swap
@@ -46,6 +47,7 @@ class OnDevice(TorchDispatchMode):
 def plain(monkeypatch):
     """No compiled kernels: their inside has no tensor of another device, and fake tensors cannot go through."""
     monkeypatch.setattr(kernels.fused, "__call__", lambda self, *arguments: self.plain(*arguments))
+    monkeypatch.setattr(passes, "_triton", lambda: None)
 
 
 def compressed(network, method):

@@ -6,6 +6,7 @@ from torch import nn
 
 from r2.recipe import Recipe, finetuning, learning_rate, optimizer_of
 from r2.regularizers import L2, Margin
+from r2.train import choose_convolutions
 
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
 
@@ -33,3 +34,11 @@ def test_sgd_decays_everything_and_adamw_matrices_alone():
 def test_fine_tuning_keeps_the_optimizer_and_the_schedule():
     kept = finetuning(recipe(optimizer="adamw", schedule="linear", clip_norm=1.0), 2, 8, 0.5, 0.0, clip_norm=None)
     assert (kept.optimizer, kept.schedule, kept.epochs, kept.lr, kept.clip_norm) == ("adamw", "linear", 2, 0.5, None)
+
+
+@pytest.mark.parametrize("precision, device, timed", [("bf16", "cuda", True), ("fp16", "cuda", True),
+                                                      ("fp32", "cuda", False), ("bf16", "cpu", False)])  # fmt: skip
+def test_cudnn_times_its_algorithms_where_a_run_need_not_repeat_bits(precision, device, timed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not timed)
+    choose_convolutions(recipe(precision=precision), torch.device(device))
+    assert torch.backends.cudnn.benchmark is timed

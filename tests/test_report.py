@@ -11,7 +11,7 @@ from test_tables import record, sealed
 
 from r2 import store
 from r2.record import read_all
-from r2.report import claims, figures, page, tables
+from r2.report import claims, figures, gpu, page, tables
 
 ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -117,3 +117,5 @@ def test_what_is_generated_is_not_stale():
     assert (results / "report.html").read_text() == page.page(records, results)
     readme = (ROOT / "README.md").read_text()
     assert readme == page.with_block(readme, records)
+    measured = (ROOT / "docs" / "results.md").read_text()
+    assert measured == gpu.with_block(measured, results / "gpu")

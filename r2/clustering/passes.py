@@ -1,5 +1,7 @@
 """The passes over the vectors of one layer that DKM and k-means are made of, as PyTorch and as C++ kernels.
 
+Those for a GPU are in gpu.py; `passes_over` chooses.
+
 Vectors (b, d, m) lie in blocks: vector i of block b is w[b, :, i]. No pass stores the attention
 A = softmax(-|w - c|^2 / temperature): each computes it again, a piece of the vectors at a time.
 """
@@ -34,6 +36,10 @@ def passes_over(w: Tensor, centroids: Tensor, temperature: float | Tensor, itera
         temperature: a number, or () on the vectors' device.
     """
     (k, d), n = centroids.shape, w.shape[0] * w.shape[2]
+    # Of a graph that is compiled as a whole, the compiler makes the kernels. Beyond 2^31 their indices would overflow.
+    if w.is_cuda and w.dtype == torch.float32 and w.numel() < 1 << 31 and not torch.compiler.is_compiling():
+        kernels = _triton()
+        return kernels(w, centroids, temperature) if kernels else Passes(w, centroids, temperature)
     if w.dtype != torch.float32 or not on_host(w) or n < NATIVE_FROM or _library(k, d) is None:
         return Passes(w, centroids, temperature)
     temperature = float(temperature)
@@ -258,6 +264,19 @@ class Grid(Native):
 
     def gradient(self) -> Tensor:
         return self.lookup(self.grad, self.beta, self.alpha)
+
+
+@functools.cache
+def _triton() -> "type[Passes] | None":
+    """The passes of a GPU; None, and a warning, where there is no Triton to compile them."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return None
+    try:
+        from r2.clustering.gpu import Kernels
+    except ImportError as error:
+        warnings.warn(f"DKM has no kernels for this GPU, and is slower: {error}", stacklevel=2)
+        return None
+    return Kernels
 
 
 @functools.cache

@@ -83,6 +83,10 @@ class Images(Data):
         # A row of pixels at a time: a broadcast over 3 channels alone would run in loops of 3.
         rows = [torch.tensor(values, dtype=torch.float32) * 255 for values in (_MEAN, _STD)]
         self._mean, self._std = (row.repeat(self.image_size).to(world.device) for row in rows)
+        self._stream = None
+        if world.device.type == "cuda":
+            self._stream = torch.cuda.Stream(world.device)
+            self._stream.wait_stream(torch.cuda.current_stream(world.device))  # which makes the two rows
         return super().to(world)
 
     def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,18 +98,32 @@ class Images(Data):
             if self._tasks.planned != mine:
                 raise RuntimeError("another pass over the data has begun; its workers serve one at a time")
             n, size = len(batch), self.image_size
-            images = torch.empty(n, size, size, 3, device=self.world.device)
             labels = torch.empty(n, dtype=torch.int64)
+            with self._beside_the_model():
+                images = torch.empty(n, size, size, 3, device=self.world.device)
             for at in range(0, n, PIECE):
                 with self._unless_stalled():
                     done: _Done = next(pieces)
                 end = at + len(done.labels)
-                self._normalise(self._decoder.places[done.place, : end - at], images[at:end])
+                with self._beside_the_model():
+                    self._normalise(self._decoder.places[done.place, : end - at], images[at:end])
                 labels[at:end] = torch.tensor(done.labels)
                 self._note(done.bad)
+            self._hand_over(images)
             if bool((labels == IGNORED).all()):
                 raise UserError(f"no image of a whole batch of {n} can be decoded; look at {done.bad[0][0]}")
             yield images.permute(0, 3, 1, 2), labels.to(self.world.device, non_blocking=True)
+
+    def _beside_the_model(self) -> contextlib.AbstractContextManager:
+        """On a GPU a stream of its own, so that the next batch is copied and normalised while the model computes."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _hand_over(self, images: Tensor) -> None:
+        """The model's stream waits for the batch, whose memory is not used again before that stream is done with it."""
+        if self._stream is not None:
+            model = torch.cuda.current_stream(images.device)
+            model.wait_stream(self._stream)
+            images.record_stream(model)
 
     def close(self) -> None:
         # Python would send them SIGTERM, which they leave to the main process, and wait for ever.

@@ -9,7 +9,7 @@ from typing import Any
 from r2 import record
 from r2.paths import REPOSITORY, RESULTS
 from r2.record import Record
-from r2.report import claims, figures, folding, tables
+from r2.report import claims, figures, folding, gpu, tables
 from r2.report.tables import FP32, REGULARIZERS, TABLES, Cells, Column, Protocol, Row
 from r2.store import make_directory
 from r2.store import write as write_file
@@ -46,7 +46,9 @@ def write(folder: Path, pretrained: Path | None = None) -> list[Path]:
     readme = REPOSITORY / "README.md"
     if folder.resolve() == RESULTS and MARKS[0] in readme.read_text():
         write_file(readme, with_block(readme.read_text(), records).encode())
-        written.append(readme)
+        results = REPOSITORY / "docs" / "results.md"
+        write_file(results, gpu.with_block(results.read_text(), folder / "gpu").encode())
+        written += [readme, results]
     return written
 
 
