@@ -1,4 +1,3 @@
-import builtins
 import json
 import subprocess
 import sys
@@ -9,9 +8,11 @@ from conftest import ENV, SMALL
 from torch import nn
 from torch.nn import functional as F
 
+from r2 import export
 from r2.config import UserError
 from r2.data.memory import fake
 from r2.dist import World
+from r2.export.__main__ import main
 from r2.models import mobilenet_v1, mobilenet_v2, resnet18
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
@@ -23,7 +24,6 @@ from r2.quantizers.pact import PACT
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-export = pytest.importorskip("r2.export")
 
 DATA = fake(val_images=1000, num_classes=5, image_size=16).to(World())
 TYPES = onnx.TensorProto
@@ -188,7 +188,7 @@ def test_what_has_no_integer_form_is_named(quantizer, message, tmp_path):
 def test_command_line_errors_are_one_line(tmp_path, capsys, monkeypatch):
     def told(*arguments):
         with pytest.raises(SystemExit) as stop:
-            export.main([*arguments])
+            main([*arguments])
         lines = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and len(lines) == 1
         return lines[0]
@@ -198,14 +198,8 @@ def test_command_line_errors_are_one_line(tmp_path, capsys, monkeypatch):
 
     pack.save(resnet18(5, 0.25), tmp_path / "model.safetensors")
     assert "record.json" in told(str(tmp_path))
-    genuine = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name == "onnxruntime":
-            raise ImportError(name=name)
-        return genuine(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    assert told(str(tmp_path), "--to", "tflite") == "r2: --to tflite: no such target; there are onnx"
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert told(str(tmp_path)) == "r2: ONNX export needs onnxruntime: pip install 'r2[export]'"
 
 

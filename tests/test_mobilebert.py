@@ -26,6 +26,7 @@ from r2.config import UserError
 from r2.data.batches import chunk
 from r2.data.text import qnli
 from r2.dist import World
+from r2.export.__main__ import export_run
 from r2.mobilebert import mobilebert, network
 from r2.palettize import Palette
 from r2.quantizers.layers import compressed, quantizable, signal_to_noise, swap
@@ -422,7 +423,7 @@ def test_one_cell_through_the_command_line(r2, source, few):
     assert not tables.protocol(record).full
     pack.load(path.parent / "model.safetensors")
     with pytest.raises(UserError, match="only models of images are exported"):
-        export._export_run(path.parent, path.parent / "model.onnx")
+        export_run(path.parent, path.parent / "model.onnx", export.TARGETS["onnx"])
     refused = r2(*common, "stage=ewgs")
     assert refused.returncode == 2 and "an embedding reads token numbers; use stage=dkm" in refused.stderr
 

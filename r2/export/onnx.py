@@ -1,30 +1,22 @@
-"""ONNX: integer weights and activations behind QuantizeLinear and DequantizeLinear, and a check in onnxruntime.
-
-python -m r2.export outputs/<run>                    # its packed model to <run>/model.onnx, checked on its own data
-python -m r2.export outputs/<run> --out model.onnx
+"""ONNX: integer weights and activations behind QuantizeLinear and DequantizeLinear.
 
 Weights are initializers of 4, 8 or 16 bits. An activation is Clip (where its levels are not all of its integer type),
 QuantizeLinear and DequantizeLinear. Biases and output scales stay float.
 """
 
-import argparse
-import contextlib
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from r2 import pack, record, store
-from r2.cli import refusals
-from r2.config import UserError, build
-from r2.data.batches import IGNORED, Data
-from r2.dist import World
+from r2 import store
+from r2.config import UserError
 from r2.quantizers.affine import Activation
 from r2.quantizers.layers import compressed
-from r2.train import best
 
 OPSET = 21  # the first that has 4-bit integers
 
@@ -47,16 +39,8 @@ dequantize.register_fake(lambda values, scale, zero_point: torch.empty_like(valu
 requantize.register_fake(lambda x, scale, zero_point, out_scale: torch.empty_like(x))
 
 
-def to_onnx(model: nn.Module, path: Path | str, images: Tensor) -> None:
-    """Write `model` as ONNX, input `images` and output `logits`, with any batch size.
-
-    Args:
-        images: two or more of the size that the network is to take.
-
-    Raises:
-        UserError: a layer has no integer form in ONNX (a palette, more than 16 bits); names the layer.
-    """
-    _need_extra()
+def write(model: nn.Module, path: Path, images: Tensor) -> None:
+    """As r2.export.to_onnx."""
     import onnx_ir
     from onnxscript import opset21 as op
 
@@ -86,37 +70,17 @@ def to_onnx(model: nn.Module, path: Path | str, images: Tensor) -> None:
     assert program is not None
     _narrow(program.model, narrow)
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # it names the source files' folders
-    store.write(Path(path), onnx_ir.to_proto(program.model).SerializeToString())
+    store.write(path, onnx_ir.to_proto(program.model).SerializeToString())
 
 
-@torch.no_grad()
-def check(model: nn.Module, path: Path | str, data: Data, world: World) -> dict[str, float]:
-    """Run the file in onnxruntime on this rank's validation images and compare it with `model`.
-
-    Returns:
-        images; torch_top1, onnx_top1, equal_predictions in percent; largest_difference of any logit.
-    """
-    _need_extra()
+def predict(path: Path) -> Callable[[Tensor], Tensor]:
+    """Images to logits, by onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
-    model = model.to(world.device).eval()
-    sums, largest = torch.zeros(4), 0.0
-    for images, labels in data.to(world).val(256):
-        assert isinstance(images, Tensor)
-        ours = model(images).cpu()
-        theirs = torch.from_numpy(session.run(None, {"images": images.cpu().contiguous().numpy()})[0])
-        labels = labels.cpu()
-        predictions, others, known = best(ours)[:, 0], best(theirs)[:, 0], labels != IGNORED
-        counts = [known, known & (predictions == labels), known & (others == labels), known & (predictions == others)]
-        sums += torch.stack(counts).sum(1)
-        largest = max(largest, (ours - theirs).abs().max().item())
-    images_seen, *correct = sums.tolist()
-    names = ("torch_top1", "onnx_top1", "equal_predictions")
-    shares = {name: round(100 * count / images_seen, 4) for name, count in zip(names, correct, strict=True)}
-    return {"images": int(images_seen), **shares, "largest_difference": largest}
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().contiguous().numpy()})[0])
 
 
 class _Levels(nn.Module):
@@ -247,46 +211,3 @@ def _narrow(graph_model: Any, names: set[str]) -> None:
             node.replace_input_with(position, value)
     for name in [n for n, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
-
-
-def _need_extra() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"ONNX export needs {error.name}: pip install 'r2[export]'") from None
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m r2.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run's folder, with record.json and model.safetensors")
-    parser.add_argument("--out", type=Path, help="the ONNX file; <run>/model.onnx by default")
-    parsed = parser.parse_args(arguments)
-    with refusals():
-        _export_run(parsed.run, parsed.out or parsed.run / "model.onnx")
-
-
-def _export_run(run: Path, path: Path) -> None:
-    _need_extra()
-    model = pack.load(run / "model.safetensors")
-    found = record.read(run / "record.json")
-    packed = found["sha256"].get("packed")  # the oldest records have none
-    if packed not in (None, store.sha256_of(run / "model.safetensors")):
-        raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
-    world = World()
-    with contextlib.closing(build(found["config"]["data"]).to(world)) as data:
-        images, _ = next(iter(data.val(2)))
-        if not isinstance(images, Tensor):
-            raise UserError(f"{run}: its model reads text, and only models of images are exported")
-        to_onnx(model, path, images)
-        checked = check(model, path, data, world)
-    print(f"file                {path}, {path.stat().st_size / 2**20:.3f} MiB")
-    print(f"images              {checked['images']}")
-    print(f"top-1               torch {checked['torch_top1']:.2f} %, onnxruntime {checked['onnx_top1']:.2f} %")
-    print(f"equal predictions   {checked['equal_predictions']:.2f} %")
-    print(f"largest difference  {checked['largest_difference']:.2g} of a logit")
-
-
-if __name__ == "__main__":
-    main()
