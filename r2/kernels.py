@@ -19,7 +19,7 @@ class fused:
     """Compile `function` on first use for any tensor length; where that fails, say so once and use it as it is.
 
     The function itself runs where a compiled kernel does not pay or does not fit: short tensors, float64 (held against
-    formulas), and inside a graph that is to be differentiated again.
+    formulas), inside a graph that is to be differentiated again, and while torch.export records it.
 
     Args:
         at_least: elements of the first argument from which the kernel pays.
@@ -30,7 +30,8 @@ class fused:
         self._compiled: Callable | None = None
 
     def __call__(self, first: torch.Tensor, *rest: Any) -> Any:
-        if first.numel() < self.at_least or first.dtype == torch.float64 or torch.is_grad_enabled():
+        exporting = torch.compiler.is_exporting()  # a program for any length, which has none yet to look at
+        if exporting or first.numel() < self.at_least or first.dtype == torch.float64 or torch.is_grad_enabled():
             return self.plain(first, *rest)
         # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
         args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in (first, *rest))

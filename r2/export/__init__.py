@@ -57,6 +57,7 @@ class Target:
 
 TARGETS = {
     "onnx": Target("r2.export.onnx", ".onnx", "ONNX", "onnxruntime", ("onnx", "onnxruntime", "onnxscript"), "export"),
+    "pt2": Target("r2.export.pt2", ".pt2", "torch.export", "torch.export"),
 }
 
 

@@ -1,7 +1,9 @@
-"""ONNX: integer weights and activations behind QuantizeLinear and DequantizeLinear.
+"""ONNX: integer weights and activations behind QuantizeLinear and DequantizeLinear, palettes behind Gather.
 
-Weights are initializers of 4, 8 or 16 bits. An activation is Clip (where its levels are not all of its integer type),
-QuantizeLinear and DequantizeLinear. Biases and output scales stay float.
+Integer weights are initializers of 4, 8 or 16 bits. A palette is codes, integers of 4 or 8 bits, and a table of
+centroids; one 4-bit integer holds two codes of 2 bits or four of 1 bit and picks a row of two or four centroids. An
+activation is Clip (where its levels are not all of its integer type), QuantizeLinear and DequantizeLinear. Biases and
+output scales stay float.
 """
 
 import copy
@@ -12,9 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from r2 import store
 from r2.config import UserError
+from r2.export.trace import axes, named, reason, trace
+from r2.models import Inputs
+from r2.palettize import Palette, unvectorize, vectorize
 from r2.quantizers.affine import Activation
 from r2.quantizers.layers import compressed
 
@@ -39,9 +45,10 @@ dequantize.register_fake(lambda values, scale, zero_point: torch.empty_like(valu
 requantize.register_fake(lambda x, scale, zero_point, out_scale: torch.empty_like(x))
 
 
-def write(model: nn.Module, path: Path, images: Tensor) -> None:
+def write(model: nn.Module, path: Path, inputs: Inputs) -> None:
     """As r2.export.to_onnx."""
     import onnx_ir
+    import onnxscript
     from onnxscript import opset21 as op
 
     def quantized_weight(values: Any, scale: Any, zero_point: Any) -> Any:
@@ -53,34 +60,49 @@ def write(model: nn.Module, path: Path, images: Tensor) -> None:
     plain, narrow = _exportable(model)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about the exporter's own insides
-        program = torch.onnx.export(
-            plain,
-            (images.cpu().contiguous(),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            custom_translation_table={
-                torch.ops.r2.dequantize.default: quantized_weight,
-                torch.ops.r2.requantize.default: quantized_activation,
-            },
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                trace(plain, inputs),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(named(inputs)),
+                output_names=["logits"],
+                dynamic_shapes=(axes(inputs),),  # their names
+                custom_translation_table={
+                    torch.ops.r2.dequantize.default: quantized_weight,
+                    torch.ops.r2.requantize.default: quantized_activation,
+                },
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UserError(f"the model cannot be exported to ONNX: {_reason(error)}") from None
     assert program is not None
-    _narrow(program.model, narrow)
+    # What the exporter itself calls, but that would fold the codes of a small palette into the weights they stand for.
+    onnxscript.optimizer.optimize_ir(program.model, should_fold=lambda node: False if _decodes(node) else None)
+    graph = program.model.graph
+    _narrow(graph, narrow)
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # it names the source files' folders
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        value.metadata_props.clear()
+        if not (value.is_graph_input() or value.is_graph_output()):
+            value.shape = value.type = None  # a runtime infers them, and in a small file they would be a fifth
     store.write(path, onnx_ir.to_proto(program.model).SerializeToString())
 
 
-def predict(path: Path) -> Callable[[Tensor], Tensor]:
-    """Images to logits, by onnxruntime on the CPU."""
+def predict(path: Path) -> Callable[[Inputs], Tensor]:
+    """Inputs to logits, by onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().contiguous().numpy()})[0])
+
+    def logits(inputs: Inputs) -> Tensor:
+        feeds = {name: tensor.cpu().contiguous().numpy() for name, tensor in named(inputs).items()}
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    return logits
 
 
 class _Levels(nn.Module):
@@ -120,13 +142,12 @@ class _Levels(nn.Module):
         return x if self.offset is None else x + self.offset
 
 
-class _Exported(nn.Module):
-    """A layer's quantizer in ONNX's operators; computes what the original does up to float rounding."""
+class _Integers(nn.Module):
+    """A weight as integers of one scale, or of one per output channel."""
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor
-    output_scale: Tensor | None
 
     def __init__(self, layer: Any):
         super().__init__()
@@ -134,12 +155,59 @@ class _Exported(nn.Module):
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
+
+    def forward(self) -> Tensor:
+        return dequantize(self.values, self.scale, self.zero_point)
+
+
+class _Table(nn.Module):
+    """A weight as rows of a table of centroids, and the tail that a palette leaves out.
+
+    Attributes:
+        values: (m,) uint8, the row of each m; below 16 where `narrow`.
+        table: (rows, centroids of a row times dim).
+    """
+
+    values: Tensor
+    table: Tensor
+    tail: Tensor
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        palette, weight = layer.quantizer, layer.weight.detach()
+        codes, table = (palette.encode(weight) if layer.codes is None else layer.codes).byte(), palette.centroids
+        self.count, self.dim = len(codes), palette.dim
+        while len(table) ** 2 <= 16:  # two codes as one of twice the bits, whose row is both their centroids
+            first, second = F.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
+            codes, rows = first * len(table) + second, torch.arange(len(table))
+            table = table[torch.cartesian_prod(rows, rows)].flatten(1)
+        self.narrow = len(table) <= 16
+        self.like = torch.empty_like(weight, device="meta")
+        self.register_buffer("values", codes)
+        self.register_buffer("table", table.clone())
+        self.register_buffer("tail", vectorize(weight, palette.dim)[1].clone())
+
+    def forward(self) -> Tensor:
+        if not self.count:
+            return self.tail
+        vectors = F.embedding(self.values.int(), self.table).view(-1, self.dim)[: self.count]
+        return unvectorize(vectors, self.tail, self.like)
+
+
+class _Exported(nn.Module):
+    """A layer's quantizer in ONNX's operators; computes what the original does up to float rounding."""
+
+    output_scale: Tensor | None
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.stored = _Table(layer) if isinstance(layer.quantizer, Palette) else _Integers(layer)
         output_scale = getattr(layer.quantizer, "output_scale", None)
         self.register_buffer("output_scale", None if output_scale is None else output_scale.detach().abs())
         self.act = _activation(layer.quantizer)
 
     def weight(self, _: Tensor) -> Tensor:
-        return dequantize(self.values, self.scale, self.zero_point)
+        return self.stored()
 
     def out(self, y: Tensor) -> Tensor:
         return y if self.output_scale is None else y * self.output_scale
@@ -182,8 +250,8 @@ def _exportable(model: nn.Module) -> tuple[nn.Module, set[str]]:
         except UserError as error:
             method, bits = type(layer.quantizer).__name__.lower(), layer.quantizer.weight_bits
             raise UserError(f"{name} ({method}, {bits} bits) cannot be exported: {error}") from None
-        if exported.narrow:
-            narrow.add(f"{name}.quantizer.values")
+        if exported.stored.narrow:
+            narrow.add(f"{name}.quantizer.stored.values")
         layer.quantizer, layer.codes = exported, None
     for name, module in list(plain.named_modules()):
         if isinstance(module, Activation):
@@ -191,18 +259,23 @@ def _exportable(model: nn.Module) -> tuple[nn.Module, set[str]]:
     return plain, narrow
 
 
-def _narrow(graph_model: Any, names: set[str]) -> None:
+def _decodes(node: Any) -> bool:
+    """Whether a node of the graph is the first that reads the codes of a palette."""
+    return node.op_type == "Cast" and (node.inputs[0].name or "").endswith(".quantizer.stored.values")
+
+
+def _narrow(graph: Any, names: set[str]) -> None:
     """Give the weights `names` and their zero points 4-bit types, which torch does not have."""
     import onnx_ir
 
-    graph = graph_model.graph
+    places = {"DequantizeLinear": {0: "int4", 2: "zero_point"}, "Cast": {0: "int4"}}
     for node in list(graph):
-        if node.op_type != "DequantizeLinear" or node.inputs[0].name not in names:
+        if node.op_type not in places or node.inputs[0].name not in names:
             continue
-        for position in (0, 2):
+        for position, ending in places[node.op_type].items():
             wide = node.inputs[position].const_value.numpy()
             kind = onnx_ir.DataType.INT4 if wide.dtype.kind == "i" else onnx_ir.DataType.UINT4
-            name = f"{node.inputs[0].name}.{('int4', '', 'zero_point')[position]}"
+            name = f"{node.inputs[0].name}.{ending}"
             tensor = onnx_ir.tensor(wide.astype(kind.numpy()), dtype=kind, name=name)
             value = onnx_ir.Value(
                 name=name, type=onnx_ir.TensorType(kind), shape=onnx_ir.Shape(wide.shape), const_value=tensor
@@ -211,3 +284,10 @@ def _narrow(graph_model: Any, names: set[str]) -> None:
             node.replace_input_with(position, value)
     for name in [n for n, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost cause says: the exporter wraps it in pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return reason(error)
