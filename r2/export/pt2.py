@@ -30,10 +30,13 @@ def write(model: nn.Module, path: Path, inputs: Inputs) -> None:
     """
     plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     for layer in compressed(plain).values():
-        layer.quantizer, layer.codes = _Stored(layer), None
-        layer.weight = nn.Parameter(
-            layer.weight.new_empty([0] * layer.weight.ndim)
-        )  # the layer asks for its dimensions
+        if layer.quantizer.weight_bits > 16:  # stays as it is, as in a packed file
+            weight, codes = layer.weight.detach(), torch.empty(0)
+            weight = weight if layer.codes is not None else layer.quantizer.weight(weight)
+        else:
+            layer.quantizer, codes = _Stored(layer), None
+            weight = layer.weight.new_empty([0] * layer.weight.ndim)  # the layer asks how many dimensions it has
+        layer.weight, layer.codes = nn.Parameter(weight), codes
     program, buffer = trace(plain, inputs), io.BytesIO()
     for node in program.graph.nodes:  # of a node the file needs no more; the rest names the source files' folders
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
