@@ -89,13 +89,19 @@ def check(model: "nn.Module", path: Path | str, data: "Data", world: "World") ->
     Returns:
         images; torch_top1, onnx_top1 (by the target's name), equal_predictions in percent; largest_difference of any
         logit. None where nothing on this system runs the file.
+
+    Raises:
+        UserError: no target has the suffix of `path`; a package is missing.
     """
     import torch
 
     from r2.data.batches import IGNORED
     from r2.train import best
 
-    name = next(name for name, target in TARGETS.items() if target.suffix == Path(path).suffix)
+    name = next((name for name, target in TARGETS.items() if target.suffix == Path(path).suffix), None)
+    if name is None:
+        suffixes = ", ".join(target.suffix for target in TARGETS.values())
+        raise UserError(f"{path}: no target writes such a file; theirs end in {suffixes}")
     predict = TARGETS[name].load().predict(Path(path))
     if predict is None:
         return None

@@ -251,7 +251,7 @@ def _exportable(model: nn.Module) -> tuple[nn.Module, set[str]]:
             method, bits = type(layer.quantizer).__name__.lower(), layer.quantizer.weight_bits
             raise UserError(f"{name} ({method}, {bits} bits) cannot be exported: {error}") from None
         if exported.stored.narrow:
-            narrow.add(f"{name}.quantizer.stored.values")
+            narrow.add(f"{name}.quantizer.stored.values".lstrip("."))  # the model itself has no name
         layer.quantizer, layer.codes = exported, None
     for name, module in list(plain.named_modules()):
         if isinstance(module, Activation):
@@ -261,7 +261,7 @@ def _exportable(model: nn.Module) -> tuple[nn.Module, set[str]]:
 
 def _decodes(node: Any) -> bool:
     """Whether a node of the graph is the first that reads the codes of a palette."""
-    return node.op_type == "Cast" and (node.inputs[0].name or "").endswith(".quantizer.stored.values")
+    return node.op_type == "Cast" and (node.inputs[0].name or "").endswith("quantizer.stored.values")
 
 
 def _narrow(graph: Any, names: set[str]) -> None:
