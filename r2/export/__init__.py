@@ -58,6 +58,7 @@ class Target:
 TARGETS = {
     "onnx": Target("r2.export.onnx", ".onnx", "ONNX", "onnxruntime", ("onnx", "onnxruntime", "onnxscript"), "export"),
     "pt2": Target("r2.export.pt2", ".pt2", "torch.export", "torch.export"),
+    "coreml": Target("r2.export.coreml", ".mlpackage", "Core ML", "Core ML", ("coremltools",), "coreml"),
 }
 
 
