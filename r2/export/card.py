@@ -128,7 +128,7 @@ def _facts(found: Record) -> dict[str, Any]:
             **{key: axes.get(key) for key in ("weight_bits", "act_bits", "dim")},
             "bits_per_weight": found["size"]["bits_per_weight_all"],
         },
-        "data": {"name": axes["data"], "train_images": found["train_images"], "val_images": found["metrics"]["images"]},
+        "data": {"name": axes["data"], "val_images": found["metrics"]["images"]},
         "top1": found["metrics"]["top1"],
         "fp32_top1": found["fp32"] and found["fp32"]["top1"],
         "command": found["command"],
