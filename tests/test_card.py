@@ -36,7 +36,12 @@ def test_the_hub_reads_what_was_measured_on_the_file(tmp_path):
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.7339)
     assert (result.dataset_type, result.dataset_split) == ("fashion_mnist", "validation")
     assert read.data.to_dict() == yaml.safe_load(text.split("---")[1])  # nothing that the hub would drop or change
-    assert "1,234" in text and "73.39 %" in text and "stage=ewgs" in text and "weights 2 bits" in text
+    assert (
+        "1,234" in text
+        and "73.39 %" in text
+        and "stage=ewgs" in text
+        and "weights in 2 bits, activations in 2 bits" in text
+    )
 
 
 def test_a_card_gathers_the_files_of_one_run(tmp_path):

@@ -406,8 +406,11 @@ def test_a_run_is_exported_by_its_folder(r2, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=ENV)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
-        assert lines[3].startswith(f"top-1               torch {top1:.2f} %, {runtime} ") and len(lines) == 6
+        assert lines[3].startswith(f"top-1               torch {top1:.2f} %, {runtime} ") and len(lines) == 7
         assert (folder / f"model.{to}").exists()
+    files = json.loads((folder / "model_card.json").read_text())["files"]
+    assert list(files) == ["model.onnx", "model.pt2"] and files["model.pt2"]["equal_predictions"] >= 99
+    assert "# fake_mbv1" in (folder / "README.md").read_text()
 
 
 def record_of(folder, data, model):

@@ -9,6 +9,7 @@ whose packages are an extra. The command is `python -m r2.export` (r2.export.__m
 """
 
 import importlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ class Target:
         suffix: of its files.
         title, runtime: what it is called, and what runs it.
         packages, extra: what it needs beyond r2's own dependencies, and the extra that brings them.
+        batch: the size of a batch that its files take, where that is one number.
     """
 
     module: str
@@ -40,6 +42,7 @@ class Target:
     runtime: str
     packages: tuple[str, ...] = ()
     extra: str = ""
+    batch: int | None = None
 
     def load(self) -> Any:
         """Its module.
@@ -49,6 +52,7 @@ class Target:
         """
         try:
             for package in self.packages:
+                logging.getLogger(package).setLevel(logging.ERROR)  # coremltools warns of all that is not on Linux
                 importlib.import_module(package)
         except ImportError as error:
             raise UserError(f"{self.title} export needs {error.name}: pip install 'r2[{self.extra}]'") from None
@@ -58,7 +62,7 @@ class Target:
 TARGETS = {
     "onnx": Target("r2.export.onnx", ".onnx", "ONNX", "onnxruntime", ("onnx", "onnxruntime", "onnxscript"), "export"),
     "pt2": Target("r2.export.pt2", ".pt2", "torch.export", "torch.export"),
-    "coreml": Target("r2.export.coreml", ".mlpackage", "Core ML", "Core ML", ("coremltools",), "coreml"),
+    "coreml": Target("r2.export.coreml", ".mlpackage", "Core ML", "Core ML", ("coremltools",), "coreml", batch=1),
 }
 
 

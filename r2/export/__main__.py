@@ -2,6 +2,7 @@
 
 python -m r2.export outputs/<run>                    # ONNX, to <run>/model.onnx
 python -m r2.export outputs/<run> --to pt2           # a program of torch.export, to <run>/model.pt2
+python -m r2.export outputs/<run> --to coreml        # for Core ML, to <run>/model.mlpackage
 python -m r2.export outputs/<run> data.root=DIR      # where the data lie elsewhere than they did for the run
 python -m r2.export model.safetensors                # a packed file alone, to model.onnx beside it, unchecked
 """
@@ -18,10 +19,11 @@ from torch import nn
 
 from r2 import export, pack, record, store
 from r2.cli import refusals
-from r2.config import UserError, build
+from r2.config import UserError, build, shell_word
 from r2.data.batches import Data
 from r2.data.facts import facts
 from r2.dist import World
+from r2.export import card
 from r2.export.trace import named
 from r2.models import Inputs
 
@@ -62,7 +64,7 @@ def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (
             take the model; nothing has been written then.
     """
     target = export.target(to)
-    written = target.load()
+    target.load()
     model = pack.load(run / "model.safetensors")
     found = record.read(run / "record.json")
     packed = found["sha256"].get("packed")  # the oldest records have none
@@ -70,21 +72,25 @@ def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (
         raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
     config = _placed(found["config"]["data"], places)
     size = facts({**found["config"], "choices": found["choices"]}).image_size
+    card.read(out.parent)  # refused before anything is written
     if not check:
-        _write(written, model, out, _examples(model, size))
+        _write(target, model, out, _examples(model, size))
         print("not checked         by --no-check")
+        _describe(run, out, to, places, found, None)
         return
     world = World()
     with contextlib.closing(_data(config).to(world)) as data:
-        _write(written, model, out, _examples(model, size or getattr(data, "image_size", None)))
+        _write(target, model, out, _examples(model, size or getattr(data, "image_size", None)))
         checked = export.check(model, out, data, world)
     if checked is None:
         print(f"not checked         {target.runtime} does not run on this system")
+        _describe(run, out, to, places, found, None)
         return
     print(f"images              {checked['images']}")
     print(f"top-1               torch {checked['torch_top1']:.2f} %, {target.runtime} {checked[f'{to}_top1']:.2f} %")
     print(f"equal predictions   {checked['equal_predictions']:.2f} %")
     print(f"largest difference  {checked['largest_difference']:.2g} of a logit")
+    _describe(run, out, to, places, found, checked)
 
 
 def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: int | None = None) -> None:
@@ -93,10 +99,21 @@ def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: int | N
     Raises:
         UserError: the packed file is damaged or holds a model of one's own, or the target does not take the model.
     """
-    written = export.target(to).load()
+    target = export.target(to)
+    target.load()
     model = pack.load(packed)
-    _write(written, model, out, _examples(model, image_size))
+    _write(target, model, out, _examples(model, image_size))
     print("not checked         a packed file alone has no data; its run's folder has")
+
+
+def _describe(
+    run: Path, out: Path, to: str, places: Iterable[str], found: record.Record, checked: dict[str, float] | None
+) -> None:
+    """Enter the file into the card of its folder."""
+    words = ["python", "-m", "r2.export", str(run), *places, "--to", to, "--out", str(out)]
+    written = card.write(out, to, export.target(to).runtime, found, checked, " ".join(map(shell_word, words)))
+    kept = "" if written else "; README.md there is not r2's and stays"
+    print(f"model card          {out.parent / 'model_card.json'}{kept}")
 
 
 def _placed(config: dict[str, Any], places: Iterable[str]) -> dict[str, Any]:
@@ -130,11 +147,11 @@ def _examples(model: nn.Module, image_size: int | None) -> Inputs:
     return torch.zeros(2, 3, size, size)
 
 
-def _write(written: Any, model: nn.Module, out: Path, inputs: Inputs) -> None:
-    written.write(model, out, inputs)
-    files = [file for file in (out.rglob("*") if out.is_dir() else [out]) if file.is_file()]
-    print(f"file                {out}, {sum(file.stat().st_size for file in files) / 2**20:.3f} MiB")
-    sizes = "batch, length" if isinstance(inputs, dict) else ", ".join(map(str, ("batch", *inputs.shape[1:])))
+def _write(target: export.Target, model: nn.Module, out: Path, inputs: Inputs) -> None:
+    target.load().write(model, out, inputs)
+    print(f"file                {out}, {card.size(out) / 2**20:.3f} MiB")
+    shape = ("batch", "length") if isinstance(inputs, dict) else (target.batch or "batch", *inputs.shape[1:])
+    sizes = ", ".join(map(str, shape))
     print(f"inputs              {', '.join(named(inputs))} ({sizes})")
 
 

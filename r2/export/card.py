@@ -35,7 +35,7 @@ def write(path: Path, target: str, runtime: str, found: Record, checked: dict[st
         UserError: model_card.json is none of r2's; a file cannot be written.
     """
     card_path, readme = path.parent / "model_card.json", path.parent / "README.md"
-    before = _read(card_path)
+    before = read(path.parent)
     same = before.get("run") == found["name"]
     card = _facts(found) | ({"license": before["license"], "files": before["files"]} if same else {"files": {}})
     card["files"][path.name] = {
@@ -84,9 +84,9 @@ def render(card: dict[str, Any]) -> str:
         **({"model-index": [{"name": card["run"], "results": results}]} if results else {}),
     }
     method = card["method"]
-    bits = f"weights {method['weight_bits']} bits"
-    bits += f" for {method['dim']} weights each" if (method["dim"] or 1) > 1 else ""
-    bits += f", activations {method['act_bits']} bits" if method["act_bits"] else ", activations in float"
+    bits = "weights" if method["dim"] in (None, 1) else f"every {method['dim']} weights"
+    bits = f"{bits} in {method['weight_bits']} bits" if method["weight_bits"] else "weights in float"
+    bits += f", activations in {method['act_bits']} bits" if method["act_bits"] else ", activations in float"
     rows = [
         f"| {name} | {file['bytes']:,} | {file['runtime']} | "
         + (
@@ -137,8 +137,13 @@ def _facts(found: Record) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What stands in model_card.json, {} where there is none."""
+def read(folder: Path) -> dict[str, Any]:
+    """What stands in a folder's model_card.json; {} where there is none.
+
+    Raises:
+        UserError: it is none of r2's.
+    """
+    path = folder / "model_card.json"
     if not path.exists():
         return {}
     try:

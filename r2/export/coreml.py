@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from r2.config import UserError
 from r2.export.onnx import _activation, _Levels
+from r2.models import Inputs
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation
 from r2.quantizers.layers import compressed
@@ -62,7 +63,7 @@ linear.register_fake(lambda codes, scale, offset, bits, name: torch.empty_like(c
 table.register_fake(_table_shape)
 
 
-def write(model: nn.Module, path: Path, images: Tensor) -> None:
+def write(model: nn.Module, path: Path, images: Inputs) -> None:
     """Write `model` as a Core ML package for one image at a time, input `images` and output `logits`.
 
     Args:
@@ -72,6 +73,8 @@ def write(model: nn.Module, path: Path, images: Tensor) -> None:
     Raises:
         UserError: a layer has no form in Core ML (more than 8 bits), named; the package cannot be written.
     """
+    if not isinstance(images, Tensor):
+        raise UserError("Core ML export takes models of images; --to onnx and --to pt2 take models of text too")
     if path.suffix != ".mlpackage":
         raise UserError(f"{path}: the name of a Core ML package ends in .mlpackage")
     if not path.parent.is_dir():
