@@ -417,7 +417,10 @@ def record_of(folder, data, model):
     """A record beside a packed model, of a run that read `data` on another machine."""
     pack.save(model, folder / "model.safetensors")
     found = {
-        "schema": SCHEMA, "name": folder.name, "choices": {"data": "folder"}, "config": {"data": data},
+        "schema": SCHEMA, "name": folder.name, "choices": {"data": "folder"}, "config": {"data": data, "model": {}},
+        "axes": {"data": "folder", "model": "mbv1-0.25", "reg": "l2", "stage": "dkm", "weight_bits": 2, "dim": 1},
+        "metrics": {"top1": 50.0, "images": 6}, "fp32": None, "size": {"bits_per_weight_all": 2.0},
+        "command": "python -m r2.run data=folder", "commit": None, "versions": {},
         "sha256": {"packed": store.sha256_of(folder / "model.safetensors")},
     }  # fmt: skip
     (folder / "record.json").write_text(json.dumps({**found, "digest": digest(found)}))
@@ -448,5 +451,9 @@ def test_data_of_another_machine_are_named_or_left_out(tmp_path, capsys):
     assert lines[2:5:2] == ["images              6", "equal predictions   100.00 %"]
     main([str(run), "--to", "pt2", "--no-check"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:] == ["inputs              images (batch, 3, 32, 32)", "not checked         by --no-check"]
+    assert lines[1:3] == ["inputs              images (batch, 3, 32, 32)", "not checked         by --no-check"]
+    assert json.loads((run / "model_card.json").read_text())["files"]["model.pt2"]["top1"] is None
+    pytest.importorskip("coremltools")
+    main([str(run), "--to", "coreml", "--no-check"])
+    assert capsys.readouterr().out.splitlines()[1] == "inputs              images (1, 3, 32, 32)"
     assert (run / "model.pt2").exists()

@@ -244,7 +244,9 @@ def _replace(package: Path, path: Path) -> None:
     """Put a copy of the folder `package` at `path`, whole or not at all."""
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        shutil.copytree(package, part)
+        shutil.copytree(package, part, copy_function=shutil.copyfile)
+        for folder in (part, *(item for item in part.rglob("*") if item.is_dir())):
+            shutil.copymode(path.parent, folder)  # a package made in a temporary folder is nobody else's to read
         if path.exists():
             old = path.with_name(f".{os.getpid()}.old.{path.name}")
             path.rename(old)
