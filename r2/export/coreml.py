@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from r2.config import UserError
 from r2.export.onnx import _activation, _Levels
+from r2.export.trace import reason
 from r2.models import Inputs
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation
@@ -71,7 +72,8 @@ def write(model: nn.Module, path: Path, images: Inputs) -> None:
         images: one or more of the size that the network is to take.
 
     Raises:
-        UserError: a layer has no form in Core ML (more than 8 bits), named; the package cannot be written.
+        UserError: a layer has no form in Core ML (more than 8 bits), named; Core ML does not take the model, with
+            coremltools' reason; the package cannot be written.
     """
     if not isinstance(images, Tensor):
         raise UserError("Core ML export takes models of images; --to onnx and --to pt2 take models of text too")
@@ -80,15 +82,18 @@ def write(model: nn.Module, path: Path, images: Inputs) -> None:
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is no folder; make it first")
     plain, image = _exportable(model), images[:1].cpu().contiguous()
-    with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        warnings.simplefilter("ignore")  # about the exporters' own insides
-        package = ct.convert(
-            torch.export.export(plain, (image,)).run_decompositions({}),
-            inputs=[ct.TensorType("images", tuple(image.shape))],
-            outputs=[ct.TensorType("logits", dtype=np.float32)],
-            minimum_deployment_target=TARGET,
-            skip_model_load=True,
-        )
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            warnings.simplefilter("ignore")  # about the exporters' own insides
+            package = ct.convert(
+                torch.export.export(plain, (image,)).run_decompositions({}),
+                inputs=[ct.TensorType("images", tuple(image.shape))],
+                outputs=[ct.TensorType("logits", dtype=np.float32)],
+                minimum_deployment_target=TARGET,
+                skip_model_load=True,
+            )
+    except Exception as error:
+        raise UserError(f"the model cannot be exported: Core ML does not take it ({reason(error)})") from None
     _replace(Path(package.package_path), path)
 
 
