@@ -1,6 +1,6 @@
 """Every stage of a run in every kind of file and program: size, equality, memory and speed, beside the float model.
 
-python scripts/bench/export.py [--stages none dfq adaround ewgs lsq pact dkm] [--rounds 20] [KEY=VALUE of r2.run ...]
+python scripts/bench/export.py [--stages none lsq dkm ...] [--rounds 20] [--cpu-time] [KEY=VALUE of r2.run ...]
 
 The runs are made first, by `python -m r2.run -m stage=fp32,... out=OUT KEY=VALUE ...`; those that are finished are not
 repeated. Times are the best of rounds that go through all stages of one program in turn; a ratio is to `fp32` in the
@@ -37,8 +37,10 @@ parser.add_argument("--out", type=Path, default=Path("outputs/export"))
 parser.add_argument("--rounds", type=int, default=20)
 parser.add_argument("--batch", type=int, default=64, help="images at a time for the images per second")
 parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine and one thread")
 arguments = parser.parse_intermixed_args()
 torch.set_num_threads(arguments.threads)
+clock = time.process_time if arguments.cpu_time else time.perf_counter
 
 
 def openvino(path: Path) -> Predict:
@@ -92,13 +94,13 @@ def equal(model: nn.Module, predict: Predict) -> float:
 
 
 def seconds(predict: Predict, images: Tensor) -> float:
-    began = time.perf_counter()
+    began = clock()
     predict(images)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def against(ratio: float) -> str:
-    return f"{ratio:.2f}x slower" if ratio > 1 else f"{1 / ratio:.2f}x faster"
+    return "1" if ratio == 1 else f"{ratio:.2f}x slower" if ratio > 1 else f"{1 / ratio:.2f}x faster"
 
 
 stages = ["fp32", *arguments.stages]
@@ -126,11 +128,11 @@ for program in written["fp32"]:
         if program not in written[stage]:
             continue
         path, load = written[stage][program]
-        before, began = resident(), time.perf_counter()
+        before, began = resident(), clock()
         predict = load(path)
         facts[stage] = [f"{size(path) / 2**20:.3f}"]
         if predict is not None:
-            took = time.perf_counter() - began
+            took = clock() - began
             predict(images)
             held = (resident() - before) / 2**20
             facts[stage] += [f"{equal(models[stage], predict):.2f}", f"{1e3 * took:.0f}", f"{held:.1f}"]
