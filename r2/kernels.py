@@ -19,7 +19,7 @@ class fused:
     """Compile `function` on first use for any tensor length; where that fails, say so once and use it as it is.
 
     The function itself runs where a compiled kernel does not pay or does not fit: short tensors on a CPU, float64
-    (held against formulas), and inside a graph that is to be differentiated again.
+    (held against formulas), inside a graph that is to be differentiated again, and while torch.export records it.
 
     Args:
         at_least: elements of the first argument from which the kernel pays.
@@ -30,6 +30,8 @@ class fused:
         self._compiled: Callable | None = None
 
     def __call__(self, first: torch.Tensor, *rest: Any) -> Any:
+        if torch.compiler.is_exporting():  # a program for any length, which has none yet to look at
+            return self.plain(first, *rest)
         short = first.numel() < self.at_least and first.device.type != "cuda"  # where a launch costs the same for any
         if short or first.dtype == torch.float64 or torch.is_grad_enabled():
             return self.plain(first, *rest)

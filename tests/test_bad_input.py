@@ -12,12 +12,13 @@ from PIL import Image
 from test_security import composed
 from torch import nn
 
-from r2 import compose, export, store
+from r2 import compose, store
 from r2.config import UserError
 from r2.data.batches import IGNORED
 from r2.data.folder import Folder
 from r2.data.images import decode
 from r2.dist import World
+from r2.export.__main__ import export_run
 from r2.palettize import Palette
 from r2.plan import cells as planned
 from r2.quantizers.affine import Activation, Affine
@@ -446,5 +447,5 @@ def test_a_record_or_packed_file_that_is_anothers_or_altered_is_named(two_runs, 
     shutil.copyfile(other / "model.safetensors", folder / "model.safetensors")
     pytest.importorskip("onnxscript")
     with pytest.raises(UserError, match="model.safetensors: is not the file that record.json tells of"):
-        export._export_run(folder, tmp_path / "model.onnx")
+        export_run(folder, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()

@@ -15,6 +15,7 @@ SMALLEST = {
     "data": "--rounds 1 --images 64 --batch 32 --workers 1",
     "dkm": "--rounds 1 --channels 16 --batch 4 --size 64 --width 0.125",
     "gpu": "--smallest --out .",
+    "export": "data=fake recipe=smoke model=mbv1 model.width_mult=0.25 --stages lsq --rounds 1 --batch 2",
     "ptq": "--model mobilenet_v1 --width 0.25 --images 8 --iterations 1 2",
     "step": "--rounds 1 --batch 2 --size 32 --model mobilenet_v1 --width 0.25",
 }

@@ -396,6 +396,24 @@ def test_a_packed_palette_has_the_same_logits(few, source, tmp_path, bits, dim, 
     assert source.encode() not in (tmp_path / "a.safetensors").read_bytes()  # no folder of this machine
 
 
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_a_palette_is_exported_for_any_number_of_pairs_and_tokens(few, source, tmp_path, to):
+    torch.manual_seed(0)
+    model = mobilebert(2, source, "main")
+    swap(quantizable(model), lambda _: Palette(2, 4))
+    for layer in compressed(model).values():
+        layer.quantizer.initialise(None, layer.weight, layer.operation)
+    inputs, path = data(few, source), tmp_path / f"model.{to}"
+    export.TARGETS[to].load().write(model.eval(), path, tokens(inputs, 2))
+    if to == "onnx":
+        onnx = pytest.importorskip("onnx")
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+    found = export.check(model, path, inputs, World())
+    assert found["images"] == 64 and found["equal_predictions"] == 100 and found["largest_difference"] < 1e-5
+    one = {name: tensor[:, :9] for name, tensor in tokens(inputs, 1).items()}
+    torch.testing.assert_close(export.TARGETS[to].load().predict(path)(one), model(one).detach())
+
+
 def test_an_uncompressed_network_is_packed_too(few, source, tmp_path):
     model = mobilebert(2, source, "main").eval()
     pack.save(model, tmp_path / "a.safetensors")
@@ -421,8 +439,6 @@ def test_one_cell_through_the_command_line(r2, source, few):
     assert {"classifier", "mobilebert.embeddings.word_embeddings"} < set(record["sqnr_db"])
     assert not tables.protocol(record).full
     pack.load(path.parent / "model.safetensors")
-    with pytest.raises(UserError, match="only models of images are exported"):
-        export._export_run(path.parent, path.parent / "model.onnx")
     refused = r2(*common, "stage=ewgs")
     assert refused.returncode == 2 and "an embedding reads token numbers; use stage=dkm" in refused.stderr
 

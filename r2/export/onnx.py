@@ -1,30 +1,28 @@
-"""ONNX: integer weights and activations behind QuantizeLinear and DequantizeLinear, and a check in onnxruntime.
+"""ONNX: integer weights and activations behind QuantizeLinear and DequantizeLinear, palettes behind Gather.
 
-python -m r2.export outputs/<run>                    # its packed model to <run>/model.onnx, checked on its own data
-python -m r2.export outputs/<run> --out model.onnx
-
-Weights are initializers of 4, 8 or 16 bits. An activation is Clip (where its levels are not all of its integer type),
-QuantizeLinear and DequantizeLinear. Biases stay float.
+Integer weights are initializers of 4, 8 or 16 bits. A palette is codes, integers of 4 or 8 bits, and a table of
+centroids; one 4-bit integer holds two codes of 2 bits or four of 1 bit and picks a row of two or four centroids. An
+activation is Clip (where its levels are not all of its integer type), QuantizeLinear and DequantizeLinear. Biases stay
+float.
 """
 
-import argparse
-import contextlib
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from r2 import pack, record, store
-from r2.cli import refusals
-from r2.config import UserError, build
-from r2.data.batches import IGNORED, Data
-from r2.dist import World
+from r2 import store
+from r2.config import UserError
+from r2.export.trace import axes, named, reason, trace
+from r2.models import Inputs
+from r2.palettize import Palette, unvectorize, vectorize
 from r2.quantizers.affine import Activation
 from r2.quantizers.layers import compressed
-from r2.train import best
 
 OPSET = 21  # the first that has 4-bit integers
 
@@ -47,17 +45,10 @@ dequantize.register_fake(lambda values, scale, zero_point: torch.empty_like(valu
 requantize.register_fake(lambda x, scale, zero_point, out_scale: torch.empty_like(x))
 
 
-def to_onnx(model: nn.Module, path: Path | str, images: Tensor) -> None:
-    """Write `model` as ONNX, input `images` and output `logits`, with any batch size.
-
-    Args:
-        images: two or more of the size that the network is to take.
-
-    Raises:
-        UserError: a layer has no integer form in ONNX (a palette, more than 16 bits); names the layer.
-    """
-    _need_extra()
+def write(model: nn.Module, path: Path, inputs: Inputs) -> None:
+    """As r2.export.to_onnx."""
     import onnx_ir
+    import onnxscript
     from onnxscript import opset21 as op
 
     def quantized_weight(values: Any, scale: Any, zero_point: Any) -> Any:
@@ -69,54 +60,49 @@ def to_onnx(model: nn.Module, path: Path | str, images: Tensor) -> None:
     plain, narrow = _exportable(model)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about the exporter's own insides
-        program = torch.onnx.export(
-            plain,
-            (images.cpu().contiguous(),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            custom_translation_table={
-                torch.ops.r2.dequantize.default: quantized_weight,
-                torch.ops.r2.requantize.default: quantized_activation,
-            },
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                trace(plain, inputs),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(named(inputs)),
+                output_names=["logits"],
+                dynamic_shapes=(axes(inputs),),  # their names
+                custom_translation_table={
+                    torch.ops.r2.dequantize.default: quantized_weight,
+                    torch.ops.r2.requantize.default: quantized_activation,
+                },
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UserError(f"the model cannot be exported to ONNX: {_reason(error)}") from None
     assert program is not None
-    _narrow(program.model, narrow)
+    # What the exporter itself calls, but that would fold the codes of a small palette into the weights they stand for.
+    onnxscript.optimizer.optimize_ir(program.model, should_fold=lambda node: False if _decodes(node) else None)
+    graph = program.model.graph
+    _narrow(graph, narrow)
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # it names the source files' folders
-    store.write(Path(path), onnx_ir.to_proto(program.model).SerializeToString())
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        value.metadata_props.clear()
+        if not (value.is_graph_input() or value.is_graph_output()):
+            value.shape = value.type = None  # a runtime infers them, and in a small file they would be a fifth
+    store.write(path, onnx_ir.to_proto(program.model).SerializeToString())
 
 
-@torch.no_grad()
-def check(model: nn.Module, path: Path | str, data: Data, world: World) -> dict[str, float]:
-    """Run the file in onnxruntime on this rank's validation images and compare it with `model`.
-
-    Returns:
-        images; torch_top1, onnx_top1, equal_predictions in percent; largest_difference of any logit.
-    """
-    _need_extra()
+def predict(path: Path) -> Callable[[Inputs], Tensor]:
+    """Inputs to logits, by onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
-    model = model.to(world.device).eval()
-    sums, largest = torch.zeros(4), 0.0
-    for images, labels in data.to(world).val(256):
-        assert isinstance(images, Tensor)
-        ours = model(images).cpu()
-        theirs = torch.from_numpy(session.run(None, {"images": images.cpu().contiguous().numpy()})[0])
-        labels = labels.cpu()
-        predictions, others, known = best(ours)[:, 0], best(theirs)[:, 0], labels != IGNORED
-        counts = [known, known & (predictions == labels), known & (others == labels), known & (predictions == others)]
-        sums += torch.stack(counts).sum(1)
-        largest = max(largest, (ours - theirs).abs().max().item())
-    images_seen, *correct = sums.tolist()
-    names = ("torch_top1", "onnx_top1", "equal_predictions")
-    shares = {name: round(100 * count / images_seen, 4) for name, count in zip(names, correct, strict=True)}
-    return {"images": int(images_seen), **shares, "largest_difference": largest}
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+
+    def logits(inputs: Inputs) -> Tensor:
+        feeds = {name: tensor.cpu().contiguous().numpy() for name, tensor in named(inputs).items()}
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    return logits
 
 
 class _Levels(nn.Module):
@@ -156,8 +142,8 @@ class _Levels(nn.Module):
         return x if self.offset is None else x + self.offset
 
 
-class _Exported(nn.Module):
-    """A layer's quantizer in ONNX's operators; computes what the original does up to float rounding."""
+class _Integers(nn.Module):
+    """A weight as integers of one scale, or of one per output channel."""
 
     values: Tensor
     scale: Tensor
@@ -169,10 +155,55 @@ class _Exported(nn.Module):
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
+
+    def forward(self) -> Tensor:
+        return dequantize(self.values, self.scale, self.zero_point)
+
+
+class _Table(nn.Module):
+    """A weight as rows of a table of centroids, and the tail that a palette leaves out.
+
+    Attributes:
+        values: (m,) uint8, the row of each m; below 16 where `narrow`.
+        table: (rows, centroids of a row times dim).
+    """
+
+    values: Tensor
+    table: Tensor
+    tail: Tensor
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        palette, weight = layer.quantizer, layer.weight.detach()
+        codes, table = (palette.encode(weight) if layer.codes is None else layer.codes).byte(), palette.centroids
+        self.count, self.dim = len(codes), palette.dim
+        while len(table) ** 2 <= 16:  # two codes as one of twice the bits, whose row is both their centroids
+            first, second = F.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
+            codes, rows = first * len(table) + second, torch.arange(len(table))
+            table = table[torch.cartesian_prod(rows, rows)].flatten(1)
+        self.narrow = len(table) <= 16
+        self.like = torch.empty_like(weight, device="meta")
+        self.register_buffer("values", codes)
+        self.register_buffer("table", table.clone())
+        self.register_buffer("tail", vectorize(weight, palette.dim)[1].clone())
+
+    def forward(self) -> Tensor:
+        if not self.count:
+            return self.tail
+        vectors = F.embedding(self.values.int(), self.table).view(-1, self.dim)[: self.count]
+        return unvectorize(vectors, self.tail, self.like)
+
+
+class _Exported(nn.Module):
+    """A layer's quantizer in ONNX's operators; computes what the original does up to float rounding."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.stored = _Table(layer) if isinstance(layer.quantizer, Palette) else _Integers(layer)
         self.act = _activation(layer.quantizer)
 
     def weight(self, _: Tensor) -> Tensor:
-        return dequantize(self.values, self.scale, self.zero_point)
+        return self.stored()
 
 
 def _integer(low: int, high: int) -> torch.dtype:
@@ -212,8 +243,8 @@ def _exportable(model: nn.Module) -> tuple[nn.Module, set[str]]:
         except UserError as error:
             method, bits = type(layer.quantizer).__name__.lower(), layer.quantizer.weight_bits
             raise UserError(f"{name} ({method}, {bits} bits) cannot be exported: {error}") from None
-        if exported.narrow:
-            narrow.add(f"{name}.quantizer.values")
+        if exported.stored.narrow:
+            narrow.add(f"{name}.quantizer.stored.values".lstrip("."))  # the model itself has no name
         layer.quantizer, layer.codes = exported, None
     for name, module in list(plain.named_modules()):
         if isinstance(module, Activation):
@@ -221,18 +252,23 @@ def _exportable(model: nn.Module) -> tuple[nn.Module, set[str]]:
     return plain, narrow
 
 
-def _narrow(graph_model: Any, names: set[str]) -> None:
+def _decodes(node: Any) -> bool:
+    """Whether a node of the graph is the first that reads the codes of a palette."""
+    return node.op_type == "Cast" and (node.inputs[0].name or "").endswith("quantizer.stored.values")
+
+
+def _narrow(graph: Any, names: set[str]) -> None:
     """Give the weights `names` and their zero points 4-bit types, which torch does not have."""
     import onnx_ir
 
-    graph = graph_model.graph
+    places = {"DequantizeLinear": {0: "int4", 2: "zero_point"}, "Cast": {0: "int4"}}
     for node in list(graph):
-        if node.op_type != "DequantizeLinear" or node.inputs[0].name not in names:
+        if node.op_type not in places or node.inputs[0].name not in names:
             continue
-        for position in (0, 2):
+        for position, ending in places[node.op_type].items():
             wide = node.inputs[position].const_value.numpy()
             kind = onnx_ir.DataType.INT4 if wide.dtype.kind == "i" else onnx_ir.DataType.UINT4
-            name = f"{node.inputs[0].name}.{('int4', '', 'zero_point')[position]}"
+            name = f"{node.inputs[0].name}.{ending}"
             tensor = onnx_ir.tensor(wide.astype(kind.numpy()), dtype=kind, name=name)
             value = onnx_ir.Value(
                 name=name, type=onnx_ir.TensorType(kind), shape=onnx_ir.Shape(wide.shape), const_value=tensor
@@ -243,44 +279,8 @@ def _narrow(graph_model: Any, names: set[str]) -> None:
         del graph.initializers[name]
 
 
-def _need_extra() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"ONNX export needs {error.name}: pip install 'r2[export]'") from None
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m r2.export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run's folder, with record.json and model.safetensors")
-    parser.add_argument("--out", type=Path, help="the ONNX file; <run>/model.onnx by default")
-    parsed = parser.parse_args(arguments)
-    with refusals():
-        _export_run(parsed.run, parsed.out or parsed.run / "model.onnx")
-
-
-def _export_run(run: Path, path: Path) -> None:
-    _need_extra()
-    model = pack.load(run / "model.safetensors")
-    found = record.read(run / "record.json")
-    packed = found["sha256"].get("packed")  # the oldest records have none
-    if packed not in (None, store.sha256_of(run / "model.safetensors")):
-        raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
-    world = World()
-    with contextlib.closing(build(found["config"]["data"]).to(world)) as data:
-        images, _ = next(iter(data.val(2)))
-        if not isinstance(images, Tensor):
-            raise UserError(f"{run}: its model reads text, and only models of images are exported")
-        to_onnx(model, path, images)
-        checked = check(model, path, data, world)
-    print(f"file                {path}, {path.stat().st_size / 2**20:.3f} MiB")
-    print(f"images              {checked['images']}")
-    print(f"top-1               torch {checked['torch_top1']:.2f} %, onnxruntime {checked['onnx_top1']:.2f} %")
-    print(f"equal predictions   {checked['equal_predictions']:.2f} %")
-    print(f"largest difference  {checked['largest_difference']:.2g} of a logit")
-
-
-if __name__ == "__main__":
-    main()
+def _reason(error: BaseException) -> str:
+    """What the innermost cause says: the exporter wraps it in pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return reason(error)

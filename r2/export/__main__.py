@@ -1,0 +1,159 @@
+"""A run's packed model as a file for other programs, checked on the run's own data.
+
+python -m r2.export outputs/<run>                    # ONNX, to <run>/model.onnx
+python -m r2.export outputs/<run> --to pt2           # a program of torch.export, to <run>/model.pt2
+python -m r2.export outputs/<run> --to coreml        # for Core ML, to <run>/model.mlpackage
+python -m r2.export outputs/<run> data.root=DIR      # where the data lie elsewhere than they did for the run
+python -m r2.export model.safetensors                # a packed file alone, to model.onnx beside it, unchecked
+"""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from r2 import export, pack, record, store
+from r2.cli import refusals
+from r2.config import UserError, build, shell_word
+from r2.data.batches import Data
+from r2.data.facts import facts
+from r2.dist import World
+from r2.export import card
+from r2.export.trace import named
+from r2.models import Inputs
+
+_PLACES = ("root", "tokenizer")  # what may differ from the record: the same data, elsewhere
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m r2.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run's folder, or a packed file alone")
+    parser.add_argument("places", nargs="*", metavar="data.root=DIR", help="where the run's data lie on this machine")
+    parser.add_argument("--to", default="onnx", help=f"the kind of file: {', '.join(export.TARGETS)}; onnx by default")
+    parser.add_argument("--out", type=Path, help="the file; model.onnx and so forth beside the packed one by default")
+    parser.add_argument("--no-check", action="store_true", help="do not run the file on the run's data")
+    parser.add_argument("--image-size", type=int, help="of a packed file alone; by default 224, or 32 of small_input")
+    parsed = parser.parse_intermixed_args(arguments)
+    with refusals():
+        target, alone = export.target(parsed.to), parsed.run.is_file()
+        out = parsed.out or (parsed.run.parent if alone else parsed.run) / f"model{target.suffix}"
+        if out.suffix != target.suffix:
+            raise UserError(f"--out {out}: the name of a file for {target.title} ends in {target.suffix}")
+        if parsed.out and not out.parent.is_dir():
+            raise UserError(f"--out {out}: there is no folder {out.parent}")
+        if alone:
+            if parsed.places:
+                raise UserError(f"{parsed.places[0]}: a packed file alone is not checked; export its run's folder")
+            export_packed(parsed.run, out, parsed.to, parsed.image_size)
+        else:
+            if parsed.image_size is not None:
+                raise UserError(f"--image-size {parsed.image_size}: is for a packed file alone; a run's record says it")
+            export_run(parsed.run, out, parsed.to, parsed.places, check=not parsed.no_check)
+
+
+def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (), check: bool = True) -> None:
+    """Write a run's packed model, and compare the file with it on the run's data, found at `places` (data.KEY=VALUE).
+
+    Raises:
+        UserError: the record or the packed file is missing or altered, the data are not there, or the target does not
+            take the model; nothing has been written then.
+    """
+    target = export.target(to)
+    target.load()
+    model = pack.load(run / "model.safetensors")
+    found = record.read(run / "record.json")
+    packed = found["sha256"].get("packed")  # the oldest records have none
+    if packed not in (None, store.sha256_of(run / "model.safetensors")):
+        raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
+    config = _placed(found["config"]["data"], places)
+    size = facts({**found["config"], "choices": found["choices"]}).image_size
+    card.read(out.parent)  # refused before anything is written
+    if not check:
+        _write(target, model, out, _examples(model, size))
+        print("not checked         by --no-check")
+        _describe(run, out, to, places, found, None)
+        return
+    world = World()
+    with contextlib.closing(_data(config).to(world)) as data:
+        _write(target, model, out, _examples(model, size or getattr(data, "image_size", None)))
+        checked = export.check(model, out, data, world)
+    if checked is None:
+        print(f"not checked         {target.runtime} does not run on this system")
+        _describe(run, out, to, places, found, None)
+        return
+    print(f"images              {checked['images']}")
+    print(f"top-1               torch {checked['torch_top1']:.2f} %, {target.runtime} {checked[f'{to}_top1']:.2f} %")
+    print(f"equal predictions   {checked['equal_predictions']:.2f} %")
+    print(f"largest difference  {checked['largest_difference']:.2g} of a logit")
+    _describe(run, out, to, places, found, checked)
+
+
+def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: int | None = None) -> None:
+    """Write the model of a packed file that has no run beside it; nothing says then what to compare it on.
+
+    Raises:
+        UserError: the packed file is damaged or holds a model of one's own, or the target does not take the model.
+    """
+    target = export.target(to)
+    target.load()
+    model = pack.load(packed)
+    _write(target, model, out, _examples(model, image_size))
+    print("not checked         a packed file alone has no data; its run's folder has")
+
+
+def _describe(
+    run: Path, out: Path, to: str, places: Iterable[str], found: record.Record, checked: dict[str, float] | None
+) -> None:
+    """Enter the file into the card of its folder."""
+    words = ["python", "-m", "r2.export", str(run), *places, "--to", to, "--out", str(out)]
+    written = card.write(out, to, export.target(to).runtime, found, checked, " ".join(map(shell_word, words)))
+    kept = "" if written else "; README.md there is not r2's and stays"
+    print(f"model card          {out.parent / 'model_card.json'}{kept}")
+
+
+def _placed(config: dict[str, Any], places: Iterable[str]) -> dict[str, Any]:
+    """A record's config of its data, with the places of this machine."""
+    config = dict(config)
+    for word in places:
+        key, equals, value = word.partition("=")
+        name = key.removeprefix("data.")
+        known = [f"data.{place}" for place in _PLACES if place in config]
+        if not equals or f"data.{name}" not in known or not key.startswith("data."):
+            may = f"only {' and '.join(known)} may be" if known else "its data lie nowhere, and nothing is"
+            raise UserError(f"{word}: everything else is the record's; {may} given")
+        config[name] = os.path.expanduser(value)
+    return config
+
+
+def _data(config: dict[str, Any]) -> Data:
+    try:
+        return build(config)
+    except UserError as error:
+        raise UserError(f"{error}; the check reads them: data.root=DIR, or --no-check to leave it out") from None
+
+
+def _examples(model: nn.Module, image_size: int | None) -> Inputs:
+    """Two of what a network of r2 takes."""
+    architecture: Any = model.architecture
+    if architecture["name"] == "mobilebert":
+        tokens = torch.ones(2, min(16, architecture["settings"]["max_position_embeddings"]), dtype=torch.long)
+        return {"input_ids": tokens, "attention_mask": tokens, "token_type_ids": torch.zeros_like(tokens)}
+    size = image_size or (32 if architecture.get("small_input") else 224)
+    return torch.zeros(2, 3, size, size)
+
+
+def _write(target: export.Target, model: nn.Module, out: Path, inputs: Inputs) -> None:
+    target.load().write(model, out, inputs)
+    print(f"file                {out}, {card.size(out) / 2**20:.3f} MiB")
+    shape = ("batch", "length") if isinstance(inputs, dict) else (target.batch or "batch", *inputs.shape[1:])
+    sizes = ", ".join(map(str, shape))
+    print(f"inputs              {', '.join(named(inputs))} ({sizes})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A model as a program of torch.export, with any batch size and, for tokens, any length."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map
+
+from r2.config import UserError
+from r2.models import Inputs
+
+
+def named(inputs: Inputs) -> dict[str, Tensor]:
+    """A network's inputs by the names that they have in a file."""
+    return {"images": inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def axes(inputs: Inputs) -> dict:
+    """The axes whose sizes stay open, by number, for the one input or for each by its name."""
+    return {0: "batch"} if isinstance(inputs, Tensor) else {name: {0: "batch", 1: "length"} for name in inputs}
+
+
+def trace(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The program that computes what `model` does, on the CPU; nothing of `model` but its tensors is in it.
+
+    Args:
+        inputs: two or more examples; of images the size is fixed by them.
+
+    Raises:
+        UserError: the model cannot be traced; gives torch's reason.
+    """
+    # The two separators and what begins a pair are three tokens; of two, one tensor of MobileBERT has another layout.
+    dims = {"batch": Dim("batch"), "length": Dim("length", min=3)}
+    shapes = tree_map(dims.get, axes(inputs))
+    example = tree_map(lambda tensor: tensor.cpu().contiguous(), inputs)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # about torch's own insides
+            return torch.export.export(model, (example,), dynamic_shapes=(shapes,))
+    except Exception as error:
+        raise UserError(f"the model cannot be exported: torch.export does not trace it ({reason(error)})") from None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error that has text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
