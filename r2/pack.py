@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from r2 import models, store, zoo
 from r2.config import UserError
 from r2.hub import need_extra
+from r2.modular import modular as rewritten
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
 from r2.quantizers.ewgs import EWGS
@@ -43,8 +44,9 @@ def _mobilebert(num_classes: int, settings: dict[str, Any]) -> nn.Module:
 def _of_zoo(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """By the keys of `architecture`, in which `name` is the library's."""
 
-    def built(network: str, **options: Any) -> nn.Module:
-        return build(name=network, **options)
+    def built(network: str, modular: bool = False, **options: Any) -> nn.Module:
+        model = build(name=network, **options)
+        return rewritten(model) if modular else model
 
     return built
 

@@ -24,10 +24,15 @@ def timm(num_classes: Count, name: str, image_size: ImageSize) -> nn.Module:
     """
     check_name("timm", name)
     from timm import create_model, get_pretrained_cfg
+    from timm.layers.linear import Linear
 
     sized = (found := get_pretrained_cfg(name)) is not None and found.fixed_input_size
     options = {"img_size": height_and_width(image_size)} if sized else {}
-    return _built("timm", create_model, num_classes, name, image_size, options)
+    network = _built("timm", create_model, num_classes, name, image_size, options)
+    for module in network.modules():
+        if type(module) is Linear:  # differs from PyTorch's under torch.jit alone
+            module.__class__ = nn.Linear
+    return network
 
 
 def torchvision(num_classes: Count, name: str, image_size: ImageSize) -> nn.Module:

@@ -24,6 +24,7 @@ from r2 import console
 from r2.config import Bits, Count, Fraction, NonNegative, Positive, UserError
 from r2.data.batches import IGNORED, Data
 from r2.dist import end_with_parent
+from r2.modular import modular
 from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise
 from r2.recipe import Recipe
 from r2.record import Outcome
@@ -75,6 +76,7 @@ class PTQ(Stage):
 
     def check(self, model: nn.Module, calibration_images: int) -> None:
         super().check(model, calibration_images)
+        model = modular(model)
         places(model, self._left_out(model))
 
     def __call__(
@@ -107,7 +109,7 @@ class PTQ(Stage):
         began = time.monotonic()
         with aimet.alone(directory, seed) as (version, scratch):
             loaded = time.monotonic()
-            model = copy.deepcopy(model).eval()
+            model = modular(model)
             constants = fold_constants(model, batches) if self.fold_constant else None
             net, norms = aimet.fold(model, batches[0][:2])
             check_weights(quantizable(net))
