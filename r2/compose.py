@@ -82,7 +82,7 @@ def resolve(cfg: DictConfig, of_hydra: Any) -> dict:
         from r2.zoo import check_name  # only the library knows its names, and torch comes with it
 
         check_name(network, config["model"]["name"])
-    config["weights"] = hub.settle(given, network)
+    config["weights"] = hub.settle(given, config["model"])
     config["overrides"] = [*places, *_overrides(cfg, plain, choices)]
     return config
 

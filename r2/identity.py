@@ -74,7 +74,7 @@ def axes(config: dict, stage: Any) -> dict:
 
 
 def model_name(config: dict) -> str:
-    """mbv1-0.25, timm-resnet34; no suffix where there is one network, or the paper's only width: mobilebert, resnet18."""
+    """mbv1-0.25, timm-resnet34; no suffix where there is one, or the paper's only width: mobilebert, resnet18."""
     model, width_mult = config["choices"]["model"], config["model"].get("width_mult")
     if width_mult is None:
         return f"{model}-{config['model']['name']}" if "name" in config["model"] else model

@@ -1,4 +1,4 @@
-"""A network rewritten so that every operation is a module of its own: what post-training quantization sets quantizers at.
+"""A network rewritten so that every operation is a module of its own, where post-training quantization puts quantizers.
 
 Networks of r2 are written that way. In others additions, products, activations and averages are functions, one ReLU
 serves many places, and timm's BatchNorm carries its activation. The rewritten network computes the same in evaluation
@@ -76,7 +76,7 @@ def _carries_activation(module: nn.Module) -> bool:
 
 
 def _call_once(graph: fx.Graph, node: fx.Node, model: nn.Module, called: set[str]) -> None:
-    """BatchNorm and its activation one after the other; a further use of a module without state as a module of its own."""
+    """BatchNorm and its activation one after the other; a further use of a module without state as one of its own."""
     module = model.get_submodule(str(node.target))
     if _carries_activation(module):
         norm: Any = nn.BatchNorm2d(module.num_features, module.eps, device="meta")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision, by name, with r2's classes and image size; images (n, 3, h, w) to logits (n, classes).
+"""Networks of timm and torchvision by name; images (n, 3, h, w) to logits (n, num_classes).
 
 python -m r2.run model=timm model.name=mobilenetv2_100 reg=margin stage=ewgs
 python -m r2.run model=torchvision model.name=mobilenet_v3_small stage=lsq
@@ -31,7 +31,7 @@ def timm(num_classes: Count, name: str, image_size: ImageSize) -> nn.Module:
     network = _built("timm", create_model, num_classes, name, image_size, options)
     for module in network.modules():
         if type(module) is Linear:  # differs from PyTorch's under torch.jit alone
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     return network
 
 
@@ -60,7 +60,8 @@ def check_name(library: str, name: str) -> None:
         return
     bare, dot, tag = name.partition(".")
     if dot and bare in known:
-        raise UserError(f"model.name={name}: .{tag} names weights, not a network; take model.name={bare}")
+        more = f" and model.weights=hf_hub:timm/{name}/model.safetensors" if library == "timm" else ""
+        raise UserError(f"model.name={name}: .{tag} names weights, not a network; take model.name={bare}{more}")
     near = nearest(name, {one: one for one in known})
     if near:
         said = f"did you mean {' or '.join(map(repr, near))}?"
