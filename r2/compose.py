@@ -77,11 +77,9 @@ def resolve(cfg: DictConfig, of_hydra: Any) -> dict:
     config["choices"] = {group: choices[group] for group in GROUPS}
     given = take_weights(config)
     check(config)
-    module, _, network = config["model"]["_target_"].rpartition(".")
+    module, _, library = config["model"]["_target_"].rpartition(".")
     if module == "r2.zoo":
-        from r2.zoo import check_name  # only the library knows its names, and torch comes with it
-
-        check_name(network, config["model"]["name"])
+        hub.check_name(library, config["model"]["name"])
     config["weights"] = hub.settle(given, config["model"])
     config["overrides"] = [*places, *_overrides(cfg, plain, choices)]
     return config

@@ -1,20 +1,56 @@
-"""Where files come from that r2 does not make: a checkpoint of the user's, torchvision's weights, the Hugging Face hub.
+"""Where networks and files come from that r2 does not make: timm, torchvision, the Hugging Face hub, the user.
 
 Imports no torch.
 """
 
 import functools
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from r2.config import UserError
+from r2.hints import nearest
 
 # torchvision's names carry the start of the file's sha256, so a plan knows a file that is not there yet. MobileNet-V2's
 # first weights, not its second: those are for images resized to 232 pixels, these for 256, as in r2's evaluation.
 TORCHVISION = {"resnet18": "resnet18-f37072fd.pth", "mobilenet_v2": "mobilenet_v2-b0353104.pth"}
 _HUB = "hf_hub:"
 _MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of r2.data.images
+
+
+def check_name(library: str, name: str) -> None:
+    """Look for a network among the library's names, without building it.
+
+    Raises:
+        UserError: it is none of them, or timm is missing.
+    """
+    if name in (known := _names(library)):
+        return
+    bare, dot, tag = name.partition(".")
+    if dot and bare in known:
+        more = f" and model.weights=hf_hub:timm/{name}/model.safetensors" if library == "timm" else ""
+        raise UserError(f"model.name={name}: .{tag} names weights, not a network; take model.name={bare}{more}")
+    near = nearest(name, {one: one for one in known})
+    if near:
+        said = f"did you mean {' or '.join(map(repr, near))}?"
+    else:
+        family = match[0] if (match := re.match(r"[a-z]+", name.lower())) else name
+        others = [one for one in known if one.startswith(family)][:5]
+        said = f"of that family there are {', '.join(others)}" if others else f"it has {len(known)} others"
+    raise UserError(f"model.name={name}: {library} has no such network; {said}")
+
+
+def _names(library: str) -> list[str]:
+    if library == "torchvision":
+        from torchvision import models
+
+        return models.list_models(module=models)
+    try:
+        from timm import list_models
+    except ImportError:
+        raise UserError("model=timm needs timm: pip install 'r2[timm]'") from None
+    return list_models()
 
 
 def settle(given: dict, model: dict) -> dict | None:

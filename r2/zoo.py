@@ -4,16 +4,13 @@ python -m r2.run model=timm model.name=mobilenetv2_100 reg=margin stage=ewgs
 python -m r2.run model=torchvision model.name=mobilenet_v3_small stage=lsq
 """
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from r2.config import Count, ImageSize, UserError, height_and_width
-from r2.hints import nearest
-
-_NEAR = 5  # names to show where none is near enough to be meant
+from r2.hub import check_name
 
 
 def timm(num_classes: Count, name: str, image_size: ImageSize) -> nn.Module:
@@ -48,40 +45,6 @@ def torchvision(num_classes: Count, name: str, image_size: ImageSize) -> nn.Modu
     if sized and not isinstance(image_size, int):
         raise UserError(f"model.name={name}: takes square images only; data.image_size={image_size} is none")
     return _built("torchvision", get_model, num_classes, name, image_size, {"image_size": image_size} if sized else {})
-
-
-def check_name(library: str, name: str) -> None:
-    """Look for a network among the library's names, without building it.
-
-    Raises:
-        UserError: it is none of them, or timm is missing.
-    """
-    if name in (known := _names(library)):
-        return
-    bare, dot, tag = name.partition(".")
-    if dot and bare in known:
-        more = f" and model.weights=hf_hub:timm/{name}/model.safetensors" if library == "timm" else ""
-        raise UserError(f"model.name={name}: .{tag} names weights, not a network; take model.name={bare}{more}")
-    near = nearest(name, {one: one for one in known})
-    if near:
-        said = f"did you mean {' or '.join(map(repr, near))}?"
-    else:
-        family = match[0] if (match := re.match(r"[a-z]+", name.lower())) else name
-        others = [one for one in known if one.startswith(family)][:_NEAR]
-        said = f"of that family there are {', '.join(others)}" if others else f"it has {len(known)} others"
-    raise UserError(f"model.name={name}: {library} has no such network; {said}")
-
-
-def _names(library: str) -> list[str]:
-    if library == "torchvision":
-        from torchvision import models
-
-        return models.list_models(module=models)
-    try:
-        from timm import list_models
-    except ImportError:
-        raise UserError("model=timm needs timm: pip install 'r2[timm]'") from None
-    return list_models()
 
 
 def _built(
