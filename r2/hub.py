@@ -5,7 +5,7 @@ Imports no torch.
 
 import functools
 import hashlib
-import re
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +35,9 @@ def check_name(library: str, name: str) -> None:
     if near:
         said = f"did you mean {' or '.join(map(repr, near))}?"
     else:
-        family = match[0] if (match := re.match(r"[a-z]+", name.lower())) else name
-        others = [one for one in known if one.startswith(family)][:5]
-        said = f"of that family there are {', '.join(others)}" if others else f"it has {len(known)} others"
+        begun = {one: len(os.path.commonprefix([one, name.lower()])) for one in known}
+        others = sorted((one for one in known if begun[one] >= 3), key=lambda one: -begun[one])[:5]
+        said = f"there are {', '.join(others)}" if others else f"it has {len(known)} others"
     raise UserError(f"model.name={name}: {library} has no such network; {said}")
 
 

@@ -1,6 +1,7 @@
 """Networks of timm and torchvision by name: through every stage, into a packed file and ONNX, or refused beforehand."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 
@@ -43,16 +44,16 @@ def run(out, *words):
     return next(path for path in out.glob("fake_*"))
 
 
-def test_one_network_through_training_a_packed_file_and_post_training(tmp_path):
+def test_one_network_through_training_and_into_a_packed_file(tmp_path):
     words = ["model=timm", "model.name=mobilenetv3_small_050"]
     trained = run(tmp_path / "a", *words, "reg=margin", "stage=lsq", "stage.bits=4", "stage.batch_size=8")
     assert trained.name.startswith("fake_timm-mobilenetv3_small_050_margin_lsq_w4a4_s0-")
     model = pack.load(trained / "model.safetensors")
     assert model.architecture["network"] == "mobilenetv3_small_050"
     assert compressed(model).keys() == quantizable(network("timm", "mobilenetv3_small_050")).keys()
-    state = torch.load(trained / "model.pt", weights_only=True)
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.isfinite(model(images)).all() and state
+    record = json.loads((trained / "record.json").read_text())
+    assert record["axes"]["model"] == "timm-mobilenetv3_small_050"
+    assert torch.isfinite(model(torch.randn(2, 3, 32, 32))).all()
 
 
 # With BatchNorm and activation in one module, one ReLU for two places, squeeze-and-excitation, and a rectangle.
@@ -87,8 +88,9 @@ def test_a_vision_transformer_is_built_for_the_size_of_the_images(tmp_path):
 @pytest.mark.parametrize(
     "library, name, said",
     [
-        ("timm", "resnet43", "timm has no such network; of that family there are resnet10t"),
-        ("timm", "mobilenetv2_10", "did you mean"),
+        ("timm", "resnet43", "timm has no such network; there are resnet10t"),
+        ("timm", "mobilenetv2_10", "there are mobilenetv2_100, "),
+        ("timm", "mobilnetv2_100", "did you mean 'mobilenetv2_100'"),
         ("timm", "resnet50.a1_in1k", "take model.name=resnet50 and model.weights=hf_hub:timm/resnet50.a1_in1k/"),
         ("torchvision", "mobilenetv3_small", "did you mean 'mobilenet_v3_small'"),
     ],
@@ -157,9 +159,8 @@ def test_the_page_has_a_row_for_every_network_it_promises():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library, name, trained, afterwards, onnx", table())
-def test_the_page_is_true(library, name, trained, afterwards, onnx, tmp_path, monkeypatch):
+def test_the_page_is_true(library, name, trained, afterwards, onnx, tmp_path):
     """Every stage of every network on it, randomly initialised: a packed file comes out, or nothing is trained."""
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     images, files = torch.randn(2, 3, 32, 32), []
     for stage in STAGES:
         words = [f"model={library}", f"model.name={name}", f"stage={stage}"]
