@@ -77,7 +77,10 @@ def resolve(cfg: DictConfig, of_hydra: Any) -> dict:
     config["choices"] = {group: choices[group] for group in GROUPS}
     given = take_weights(config)
     check(config)
-    config["weights"] = hub.settle(given, config["model"]["_target_"].rpartition(".")[2])
+    module, _, library = config["model"]["_target_"].rpartition(".")
+    if module == "r2.zoo":
+        hub.check_name(library, config["model"]["name"])
+    config["weights"] = hub.settle(given, config["model"])
     config["overrides"] = [*places, *_overrides(cfg, plain, choices)]
     return config
 

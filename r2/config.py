@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, ConfigDict, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
@@ -59,6 +59,7 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 Bits = Annotated[int, Ge(1), Le(32)]
 Width = Annotated[float, Gt(0), Le(8)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
+ImageSize = Count | Annotated[list[Count], Len(2, 2)]  # of a square, or [height, width]
 
 
 def _named(place: str) -> str:
@@ -68,6 +69,11 @@ def _named(place: str) -> str:
 
 
 Place = Annotated[str, AfterValidator(_named)]  # not MinLen, which refuses a name that is not UTF-8
+
+
+def height_and_width(size: ImageSize) -> tuple[int, int]:
+    """Of an image of a checked config."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class Root:

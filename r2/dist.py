@@ -115,11 +115,24 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def sync_batchnorm(model: nn.Module, world: World) -> nn.Module:
-    """Every BatchNorm2d of `model` over the batches of all ranks; same parameter names and values."""
+    """Every BatchNorm2d of `model` over the batches of all ranks; same parameter names and values.
+
+    Raises:
+        UserError: timm's BatchNorm with an activation of its own, on CPUs.
+    """
     if world.size == 1:
         return model
+    fused = any(isinstance(m, nn.BatchNorm2d) and hasattr(m, "act") for m in model.modules())
     if world.device.type == "cuda":
+        if fused:  # PyTorch's own would lose the activation
+            from timm.layers import convert_sync_batchnorm
+
+            return convert_sync_batchnorm(model)
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if fused:
+        raise UserError(
+            "recipe.sync_bn=true: timm's BatchNormAct2d trains over ranks on GPUs alone; recipe.sync_bn=false"
+        )
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d

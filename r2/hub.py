@@ -1,27 +1,64 @@
-"""Where files come from that r2 does not make: a checkpoint of the user's, torchvision's weights, the Hugging Face hub.
+"""Where networks and files come from that r2 does not make: timm, torchvision, the Hugging Face hub, the user.
 
 Imports no torch.
 """
 
 import functools
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from r2.config import UserError
+from r2.hints import nearest
 
 # torchvision's names carry the start of the file's sha256, so a plan knows a file that is not there yet. MobileNet-V2's
 # first weights, not its second: those are for images resized to 232 pixels, these for 256, as in r2's evaluation.
 TORCHVISION = {"resnet18": "resnet18-f37072fd.pth", "mobilenet_v2": "mobilenet_v2-b0353104.pth"}
 _HUB = "hf_hub:"
+_MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of r2.data.images
 
 
-def settle(given: dict, network: str) -> dict | None:
+def check_name(library: str, name: str) -> None:
+    """Look for a network among the library's names, without building it.
+
+    Raises:
+        UserError: it is none of them, or timm is missing.
+    """
+    if name in (known := _names(library)):
+        return
+    bare, dot, tag = name.partition(".")
+    if dot and bare in known:
+        more = f" and model.weights=hf_hub:timm/{name}/model.safetensors" if library == "timm" else ""
+        raise UserError(f"model.name={name}: .{tag} names weights, not a network; take model.name={bare}{more}")
+    near = nearest(name, {one: one for one in known})
+    if near:
+        said = f"did you mean {' or '.join(map(repr, near))}?"
+    else:
+        begun = {one: len(os.path.commonprefix([one, name.lower()])) for one in known}
+        others = sorted((one for one in known if begun[one] >= 3), key=lambda one: -begun[one])[:5]
+        said = f"there are {', '.join(others)}" if others else f"it has {len(known)} others"
+    raise UserError(f"model.name={name}: {library} has no such network; {said}")
+
+
+def _names(library: str) -> list[str]:
+    if library == "torchvision":
+        from torchvision import models
+
+        return models.list_models(module=models)
+    try:
+        from timm import list_models
+    except ImportError:
+        raise UserError("model=timm needs timm: pip install 'r2[timm]'") from None
+    return list_models()
+
+
+def settle(given: dict, model: dict) -> dict | None:
     """What `model.weights` names, settled once so that everything after speaks of the same content; None of null.
 
     Args:
         given: the keys of r2.config.Weights.
-        network: the model's function.
+        model: the model's other keys.
 
     Returns:
         source: as the user says it. file: its path, None of torchvision's. sha256: of the content, of torchvision's its
@@ -39,13 +76,52 @@ def settle(given: dict, network: str) -> dict | None:
         return None
     file = None
     if source == "torchvision":
-        if network not in TORCHVISION:
-            raise UserError(f"model.weights=torchvision: it has none of {network}, only of {' and '.join(TORCHVISION)}")
-        sha256 = Path(TORCHVISION[network]).stem.rpartition("-")[2]
+        sha256 = Path(torchvision_file(model)).stem.rpartition("-")[2]
     else:
-        file = str(_of_hub(source) if source.startswith(_HUB) else Path(source))
+        if source == "timm" and model["_target_"] == "r2.zoo.timm":
+            file = str(_of_timm(model["name"], trained))
+        else:
+            file = str(_of_hub(source) if source.startswith(_HUB) else Path(source))
         sha256 = _sha256(source, file)
     return {"source": source, "file": file, "sha256": sha256, "trained": trained, "new_head": new_head}
+
+
+def torchvision_file(model: dict) -> str:
+    """The name of the file with torchvision's weights, which ends in the start of its sha256.
+
+    Raises:
+        UserError: it has none of this network.
+    """
+    network = model["_target_"].rpartition(".")[2]
+    if model["_target_"] == "r2.zoo.torchvision":
+        from torchvision.models import get_model_weights
+
+        found = getattr(get_model_weights(model["name"]), "IMAGENET1K_V1", None)
+        if found is None:
+            raise UserError(f"model.weights=torchvision: it has no IMAGENET1K_V1 weights of {model['name']}")
+        return found.url.rpartition("/")[2]
+    if network not in TORCHVISION:
+        raise UserError(f"model.weights=torchvision: it has none of {network}, only of {' and '.join(TORCHVISION)}")
+    return TORCHVISION[network]
+
+
+def _of_timm(name: str, trained: bool) -> Path:
+    """The file of timm's pretrained weights of a network, which lie on the hub.
+
+    Args:
+        trained: whether training goes on from them; else they have to fit r2's images as they are.
+    """
+    from timm import get_pretrained_cfg
+
+    known = get_pretrained_cfg(name)
+    if known is None or not known.hf_hub_id:
+        raise UserError(f"model.weights=timm: timm has no weights of {name}")
+    if not trained and (known.mean, known.std) != _MEAN_AND_STD:
+        raise UserError(
+            f"model.weights=timm: {name}'s expect images normalised by mean {known.mean[0]:g} and deviation "
+            f"{known.std[0]:g}, not by ImageNet's; train on from them with model.finetune=true"
+        )
+    return _of_hub(f"{_HUB}{known.hf_hub_id}/{known.hf_hub_filename or 'model.safetensors'}")
 
 
 def _sha256(source: str, file: str) -> str:
@@ -54,7 +130,8 @@ def _sha256(source: str, file: str) -> str:
         return _sha256_of(file, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise UserError(
-            f"model.weights={source}: cannot be read ({error.strerror}); it is a file, torchvision or {_HUB}REPO/FILE"
+            f"model.weights={source}: cannot be read ({error.strerror}); it is a file, torchvision, timm or "
+            f"{_HUB}REPO/FILE"
         ) from None
 
 

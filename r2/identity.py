@@ -65,7 +65,7 @@ def axes(config: dict, stage: Any) -> dict:
     choices = config["choices"]
     return {
         "data": choices["data"],
-        "model": model_name(choices["model"], config["model"].get("width_mult")),
+        "model": model_name(config),
         "reg": choices["reg"],
         "stage": choices["stage"],
         "seed": config["seed"],
@@ -73,10 +73,11 @@ def axes(config: dict, stage: Any) -> dict:
     }
 
 
-def model_name(model: str, width_mult: float | None) -> str:
-    """mbv1-0.25; no suffix where there is one width, or the paper's only one: mobilebert, resnet18."""
+def model_name(config: dict) -> str:
+    """mbv1-0.25, timm-resnet34; no suffix where there is one, or the paper's only width: mobilebert, resnet18."""
+    model, width_mult = config["choices"]["model"], config["model"].get("width_mult")
     if width_mult is None:
-        return model
+        return f"{model}-{config['model']['name']}" if "name" in config["model"] else model
     return "resnet18" if (model, width_mult) == ("rn18", 1.0) else f"{model}-{width_mult}"
 
 

@@ -26,6 +26,13 @@ class Add(nn.Module):
         return a + b
 
 
+class Multiply(nn.Module):
+    """Two tensors' product, broadcast."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+
 def _described(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Let a model remember how it was built, so that a packed file can build it again."""
 

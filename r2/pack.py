@@ -20,9 +20,10 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from r2 import models, store
+from r2 import models, store, zoo
 from r2.config import UserError
 from r2.hub import need_extra
+from r2.modular import modular as rewritten
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
 from r2.quantizers.ewgs import EWGS
@@ -40,11 +41,23 @@ def _mobilebert(num_classes: int, settings: dict[str, Any]) -> nn.Module:
     return network(num_classes, settings)
 
 
+def _of_zoo(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """By the keys of `architecture`, in which `name` is the library's."""
+
+    def built(network: str, modular: bool = False, **options: Any) -> nn.Module:
+        model = build(name=network, **options)
+        return rewritten(model) if modular else model
+
+    return built
+
+
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": models.resnet18,
     "mobilenet_v1": models.mobilenet_v1,
     "mobilenet_v2": models.mobilenet_v2,
     "mobilebert": _mobilebert,
+    "timm": _of_zoo(zoo.timm),
+    "torchvision": _of_zoo(zoo.torchvision),
 }
 _METHODS: dict[str, type[Quantizer]] = {
     method.__name__.lower(): method for method in (EWGS, LSQ, PACT, Affine, Palette)
@@ -240,12 +253,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _network(architecture: dict[str, Any]) -> nn.Module:
-    """The bare network, its tensors without memory."""
+def _network(architecture: dict[str, Any], device: str = "meta") -> nn.Module:
+    """The bare network, with the library's first values, or without memory; no random number is used up."""
     name, options = architecture["name"], {k: v for k, v in architecture.items() if k != "name"}
     if name not in _MODELS:
         raise UserError(f"its network {name!r} is none of {', '.join(_MODELS)}")
-    with torch.device("meta"):
+    with torch.device(device), torch.random.fork_rng([]):
         return _MODELS[name](**options)
 
 
@@ -268,9 +281,8 @@ def _method(name: str) -> type[Quantizer]:
 def _build(header: dict[str, Any], model: nn.Module | None) -> nn.Module:
     """The network with everything a stage changed in it, its values not yet set."""
     if model is None:
-        model = _network(header["architecture"]).to_empty(device="cpu")
-        for buffer in model.buffers():
-            buffer.zero_()
+        # With values: of buffers that are no state, or no floats, the file has none.
+        model = _network(header["architecture"], "cpu")
     model.cpu()
     for kind, names in header["replaced"].items():
         for name in names:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import UserError
-from r2.hub import TORCHVISION
+from r2.hub import torchvision_file
 
 # What timm, torchvision, Lightning and r2 put around a state_dict, and wrappers of a module before its names.
 _AROUND = ("state_dict", "model", "model_state_dict", "model_ema")
@@ -40,7 +40,7 @@ def fitting(model: nn.Module, config: dict) -> dict[str, Tensor]:
         UserError: the file cannot be read, or is of another network; names the first tensor that does not fit.
     """
     weights = config["weights"]
-    where, network = f"model.weights={weights['source']}", config["choices"]["model"]
+    where, network = f"model.weights={weights['source']}", config["model"].get("name", config["choices"]["model"])
     found, own, head = _read(where, weights, config), model.state_dict(), _head(model)
     if weights["new_head"]:
         found, own = ({k: t for k, t in of.items() if not k.startswith(head)} for of in (found, own))
@@ -75,7 +75,7 @@ def path_of(config: dict) -> Path:
     """Where the weights of a checked config lie, or will lie once torchvision's are downloaded."""
     if config["weights"]["file"] is not None:
         return Path(config["weights"]["file"])
-    return Path(torch.hub.get_dir(), "checkpoints", TORCHVISION[config["model"]["_target_"].rpartition(".")[2]])
+    return Path(torch.hub.get_dir(), "checkpoints", torchvision_file(config["model"]))
 
 
 def _downloaded(where: str, path: Path) -> Path:

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import hashlib
 import io
@@ -259,3 +260,84 @@ def test_a_folder_without_validation_images_is_split_by_seed_within_every_class(
 def test_a_place_without_images_is_named(tmp_path):
     with pytest.raises(UserError, match="there is no folder of images there"):
         own(str(tmp_path), 32)
+
+
+# Rectangles, and images listed in CSV
+
+
+def listed(root, name, rows, head="path,label"):
+    (root / name).write_text("\n".join([head, *rows]) + "\n")
+    return name
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Six images, red ones wider than high, blue ones higher than wide."""
+    for i in range(6):
+        size, colour = ((60, 40), (255, 0, 0)) if i % 2 else ((40, 60), (0, 0, 255))
+        Image.new("RGB", size, colour).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def test_images_listed_in_csv(images):
+    train = listed(images, "train.csv", [f'{i}.png,"{"red, wide" if i % 2 else "blue"}"' for i in range(4)])
+    val = listed(images, "val.csv", ['5.png,7,"red, wide"', "4.png,7,blue"], head="path,other,label")
+    with contextlib.closing(own(str(images), 32, train, val, workers=0).to(World())) as data:
+        assert (data.num_classes, data.train_images, data.val_images) == (2, 4, 2)
+        ((pixels, labels),) = data.val(2)
+    assert labels.tolist() == [1, 0] and pixels[0, 0].min() > pixels[1, 0].max()  # red is class 1, by name
+    numbers = listed(images, "numbers.csv", [f"{i}.png,{i % 2}" for i in range(6)])
+    with contextlib.closing(own(str(images), 32, numbers, val_fraction=0.34, workers=0).to(World())) as data:
+        assert (data.train_images, data.val_images) == (4, 2)
+        ((_, labels),) = data.val(2)
+        assert sorted(labels.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        (["0.png,a", "1.png"], "line 3: has to be a path and a label under path,label"),
+        (["0.png,a", "1.png,a,b"], "line 3: has to be a path and a label"),
+        (["0.png,a", "none.png,a"], "line 3: there is no image .*none.png"),
+        (["0.png,a", "val.csv,a"], "line 3: val.csv is no image by its extension"),
+        (["0.png,a", "0.png,b"], "line 3: 0.png stands in line 2 already"),
+        (["0.png,1", "1.png,2"], "has no image of label 0; integers have to be 0 to 1"),
+        ([], "lists no image"),
+    ],
+)
+def test_a_bad_row_of_a_csv_is_told_by_its_line(images, rows, said):
+    listed(images, "val.csv", ["2.png,a"])
+    with pytest.raises(UserError, match=rf"^data\.train_csv=train\.csv.*{said}"):
+        own(str(images), train_csv=listed(images, "train.csv", rows), val_csv="val.csv")
+
+
+def test_csv_files_that_are_not_there_or_do_not_fit_are_told(images):
+    train = listed(images, "train.csv", ["0.png,a", "1.png,b"])
+    with pytest.raises(UserError, match="val.csv, line 2: c is no label of train.csv"):
+        own(str(images), train_csv=train, val_csv=listed(images, "val.csv", ["2.png,c"]))
+    with pytest.raises(UserError, match="none.csv: cannot be read .*data.root="):
+        own(str(images), train_csv="none.csv")
+    with pytest.raises(UserError, match="has to name the columns path and label"):
+        own(str(images), train_csv=listed(images, "other.csv", ["0.png,a"], head="file,class"))
+    with pytest.raises(UserError, match="goes with data.train_csv"):
+        own(str(images), val_csv="val.csv")
+
+
+def test_a_rectangle_covers_the_middle_and_keeps_proportions(tmp_path):
+    """Validation images are cut, not squeezed: a circle stays one, and so it nearly does in training crops."""
+    pixels = np.zeros((120, 120, 3), np.uint8)
+    y, x = np.mgrid[:120, :120] - 59.5
+    pixels[x * x + y * y < 20**2] = 255
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / "a" / "0.png")
+    with contextlib.closing(own(str(tmp_path), [48, 96], workers=0).to(World())) as data:
+        assert "48x96" in data.describe()
+        ((val, _),) = data.val(1)
+        (crop, _) = next(data.train(1, 0, 0))
+        boxes = [data._decoder.draw(torch.empty(3, 200, 200), seed)[2:4] for seed in range(50)]
+    assert val.shape == crop.shape == (1, 3, 48, 96)
+    white = (val[0, 0] > 0).nonzero()
+    height, width = (white.amax(0) - white.amin(0) + 1).tolist()
+    assert abs(height - width) <= 1 and abs(width - 40 * 96 * 8 / 7 / 120) <= 2
+    assert all(1.4 < width / height < 2.8 for height, width in boxes)

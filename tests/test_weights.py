@@ -12,7 +12,7 @@ from conftest import ENV, SMALL
 from safetensors.torch import save_file
 from test_security import bombs, composed, refuse
 
-from r2 import models, store, weights
+from r2 import hub, models, store, weights
 from r2.config import UserError
 from r2.dist import World
 from r2.plan import check as checking
@@ -89,7 +89,7 @@ def test_torchvisions_files_are_of_these_networks(model, theirs, tmp_path):
 
 
 def test_the_names_of_torchvisions_files_are_those_it_has_now():
-    for network, name in weights.TORCHVISION.items():
+    for network, name in hub.TORCHVISION.items():
         known = torchvision.models.get_model_weights(network)
         assert known.IMAGENET1K_V1.url == f"https://download.pytorch.org/models/{name}"
 

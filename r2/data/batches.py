@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r2.config import ImageSize, height_and_width
 from r2.dist import World
 from r2.models import Inputs
 
@@ -45,7 +46,7 @@ class Data:
     """
 
     num_classes: int
-    image_size: int
+    image_size: ImageSize
     train_images: int
     val_images: int
     calibration_images: int
@@ -60,9 +61,10 @@ class Data:
         """Stop worker processes, if there are any; whoever has built a data set has to, or the program may not end."""
 
     def describe(self) -> str:
+        height, width = height_and_width(self.image_size)
         return (
             f"{self.train_images:,} training and {self.val_images:,} validation images, {self.num_classes} classes, "
-            f"{self.image_size}x{self.image_size}"
+            f"{height}x{width}"
         )
 
     def count_skipped(self) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields, replace
 
+from r2.config import ImageSize
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -13,7 +15,7 @@ class Facts:
     train_images: int | None = None
     val_images: int | None = None
     num_classes: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
 
 
 _IMAGENET = Facts(1_281_167, 50_000, 1000, 224)

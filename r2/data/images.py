@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r2.config import UserError
+from r2.config import ImageSize, UserError, height_and_width
 from r2.data.batches import IGNORED, Data, mix
 from r2.dist import World, ignore_stop_signals
 
@@ -58,7 +58,7 @@ class Images(Data):
         train: Source,
         val: Source,
         num_classes: int,
-        image_size: int,
+        image_size: ImageSize,
         workers: int,
         on_bad_image: str,
         calibration_images: int,
@@ -82,7 +82,8 @@ class Images(Data):
     def to(self, world: World) -> "Data":
         # A row of pixels at a time: a broadcast over 3 channels alone would run in loops of 3.
         rows = [torch.tensor(values, dtype=torch.float32) * 255 for values in (_MEAN, _STD)]
-        self._mean, self._std = (row.repeat(self.image_size).to(world.device) for row in rows)
+        _, width = height_and_width(self.image_size)
+        self._mean, self._std = (row.repeat(width).to(world.device) for row in rows)
         self._stream = None
         if world.device.type == "cuda":
             self._stream = torch.cuda.Stream(world.device)
@@ -97,10 +98,10 @@ class Images(Data):
         for batch in batches:
             if self._tasks.planned != mine:
                 raise RuntimeError("another pass over the data has begun; its workers serve one at a time")
-            n, size = len(batch), self.image_size
+            n, size = len(batch), height_and_width(self.image_size)
             labels = torch.empty(n, dtype=torch.int64)
             with self._beside_the_model():
-                images = torch.empty(n, size, size, 3, device=self.world.device)
+                images = torch.empty(n, *size, 3, device=self.world.device)
             for at in range(0, n, PIECE):
                 with self._unless_stalled():
                     done: _Done = next(pieces)
@@ -169,7 +170,7 @@ class Images(Data):
 
     def _memory(self) -> Tensor:
         """A place for every piece under way: (places, PIECE, h, w, 3) uint8, shared with the workers."""
-        shape = (self._tasks.places, PIECE, self.image_size, self.image_size, 3)
+        shape = (self._tasks.places, PIECE, *height_and_width(self.image_size), 3)
         if self.workers == 0:
             return torch.empty(shape, dtype=torch.uint8)
         need, shared = int(np.prod(shape)), Path("/dev/shm")
@@ -185,9 +186,8 @@ class Images(Data):
         if out.is_cuda and not pixels.is_cuda:
             # The pinned copy outlives the place, which the next task may take.
             pixels = pixels.pin_memory().to(out.device, non_blocking=True)
-        width = 3 * self.image_size
-        rows = out.view(-1, width)
-        rows.copy_(pixels.to(out.device).view(-1, width)).sub_(self._mean).div_(self._std)
+        rows = out.view(-1, len(self._mean))
+        rows.copy_(pixels.to(out.device).view_as(rows)).sub_(self._mean).div_(self._std)
 
     def _note(self, bad: list[tuple[str, str]]) -> None:
         self.skipped += len(bad)
@@ -261,14 +261,15 @@ def _started_worker(_: int) -> None:
 class _Decoder(torch.utils.data.Dataset):
     """What a worker does: `PIECE` images into their place."""
 
-    def __init__(self, train: Source, val: Source, image_size: int, places: Tensor, on_bad_image: str):
+    def __init__(self, train: Source, val: Source, image_size: ImageSize, places: Tensor, on_bad_image: str):
         from torchvision.transforms import v2
 
         self._sources = {True: train, None: train, False: val}
         self.places, self._skip = places, on_bad_image == "skip"
-        self._size = image_size
-        self._crop = v2.RandomResizedCrop(image_size)
-        self._plain = v2.Compose([v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)])
+        self._size = height, width = height_and_width(image_size)
+        shape = width / height  # a rectangle's crops are about as wide as it is, so that images are distorted no more
+        self._crop = v2.RandomResizedCrop(self._size, ratio=(3 / 4 * shape, 4 / 3 * shape))
+        self._center = v2.CenterCrop(self._size)
 
     def __getitem__(self, task: _Task) -> _Done:
         source, place = self._sources[task.train], self.places[task.place]
@@ -294,12 +295,24 @@ class _Decoder(torch.utils.data.Dataset):
                     pixels.copy_(self._plain(image))
         return _Done(task.place, labels, bad)
 
+    def _plain(self, image: Tensor) -> Tensor:
+        """The middle of the image, which covers 8/7 of the size on its tighter side, as the usual 256 of 224."""
+        from torchvision.transforms.v2.functional import resize
+
+        height, width = (side * 8 // 7 for side in self._size)
+        own_height, own_width = image.shape[1:]
+        if own_width * height >= own_height * width:
+            width = int(height * own_width / own_height)
+        else:
+            height = int(width * own_height / own_width)
+        return self._center(resize(image, [height, width], antialias=True))
+
     def _augment(self, image: Tensor, seed: int, out: Tensor) -> None:
         """What torchvision's two transforms give, with fewer copies."""
         top, left, height, width, flip = self.draw(image, seed)
         # Channels last in four dimensions, as torchvision's resize does not keep them: no copy changes the layout.
         crop = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
-        resized = F.interpolate(crop, (self._size, self._size), mode="bilinear", antialias=True)[0]
+        resized = F.interpolate(crop, self._size, mode="bilinear", antialias=True)[0]
         out.copy_(resized.flip(-1) if flip else resized)
 
     def draw(self, image: Tensor, seed: int) -> tuple[int, int, int, int, bool]:

@@ -23,6 +23,8 @@ class Memory(Data):
         flip: mirror at random; wrong for digits.
     """
 
+    image_size: int
+
     def __init__(
         self,
         train: tuple[Tensor, Tensor],

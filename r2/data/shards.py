@@ -111,6 +111,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
 class Shards(Images):
     """Shards of both splits in one folder."""
 
+    image_size: int
+
     def __init__(
         self,
         root: str,

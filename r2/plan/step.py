@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from r2.config import build
+from r2.config import build, height_and_width
 from r2.data.facts import facts
 from r2.hub import need_extra
 from r2.models import Inputs
@@ -65,10 +65,10 @@ def example(config: dict, batch: int, device: str) -> tuple[nn.Module, Inputs, T
         ones = torch.ones(batch, config["data"]["max_length"], dtype=torch.long, device=device)
         return model.train(), {"input_ids": ones, "attention_mask": ones, "token_type_ids": ones}, labels
     known = facts(config)
-    size = known.image_size or 224
+    size = height_and_width(known.image_size or 224)
     with torch.device(device):
         model = build(config["model"], num_classes=known.num_classes or 1000)  # where unknown: it hardly counts
-    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     return model.train(), images, labels
 
 

@@ -220,15 +220,22 @@ def obstacle(layer: nn.Module, parent: nn.Module | None = None) -> str | None:
     return None if isinstance(layer, _Quantized) or not own else f"{type(layer).__name__} has a {own[0]} of its own"
 
 
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """The layers with a weight that cannot be compressed, by name, and why."""
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    return {name: why for name, layer in layers.items() if (why := obstacle(layer, parents.get(name)))}
+
+
 def quantizable(model: nn.Module, skip_first_last: bool = False) -> dict[str, nn.Module]:
     """The convolutions, linear layers and embeddings that can be compressed, by name, in the model's order.
 
     Raises:
         UserError: there is none.
     """
-    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
+    blocked = obstacles(model)
     layers: dict[str, nn.Module] = {
-        n: m for n, m in model.named_modules() if isinstance(m, LAYERS) and obstacle(m, parents.get(n)) is None
+        name: m for name, m in model.named_modules() if isinstance(m, LAYERS) and name not in blocked
     }
     if skip_first_last:
         layers = {name: layers[name] for name in list(layers)[1:-1]}

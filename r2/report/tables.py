@@ -28,8 +28,9 @@ REGULARIZERS = {
     "smm": "SMM",
 }
 # Keys that are a table's rows, columns and seeds, and keys that change no result.
-_AXES = {"data", "model", "model.width_mult", "reg", "reg.weight", "recipe", "stage", "stage.bits", "stage.weight_bits",
-         "stage.act_bits", "stage.dim", "stage.skip_first_last", "stage.fold_constant", "seed"}  # fmt: skip
+_AXES = {"data", "model", "model.width_mult", "model.name", "reg", "reg.weight", "recipe", "seed",
+         "stage", "stage.bits", "stage.weight_bits", "stage.act_bits", "stage.dim", "stage.skip_first_last",
+         "stage.fold_constant"}  # fmt: skip
 _PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds", "dist_timeout_seconds", "data.root",
            "data.workers", "hydra.searchpath"}  # fmt: skip
 # Examples of the paper's data sets, ImageNet read in three ways: fewer of them are another study.

@@ -85,8 +85,7 @@ def _described(config: dict) -> dict | None:
     choices = config.get("choices")  # an older version wrote none
     if choices is None or config["reg"] != _default(choices["reg"]):
         return None
-    name = model_name(choices["model"], config["model"].get("width_mult"))
-    names = {"data": choices["data"], "model": name, "reg": choices["reg"]}
+    names = {"data": choices["data"], "model": model_name(config), "reg": choices["reg"]}
     begun = {"weights": config["weights"]} if "weights" in config else {}  # that training went on from
     recipe = {**config["recipe"], **begun}
     return {**names, "seed": config["seed"], "epochs": recipe["epochs"], "recipe": recipe}

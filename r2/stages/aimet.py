@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from r2 import console
 from r2.config import UserError
-from r2.models import Add
+from r2.models import Add, Multiply
 from r2.quantizers.layers import quantizable
 from r2.stages.graph import Places
 
@@ -137,6 +137,7 @@ def fold(model: nn.Module, sample: Tensor) -> tuple[nn.Module, dict[nn.Module, n
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = nn.BatchNorm2d  # AIMET does not know the ones that train over ranks
     _exchange(net, Add, lambda _: custom.Add())
+    _exchange(net, Multiply, lambda _: custom.Multiply())
     norms = dict(fold_all_batch_norms(net, None, dummy_input=sample))
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -150,6 +151,7 @@ def own(net: nn.Module) -> nn.Module:
 
     net = copy.deepcopy(net)
     _exchange(net, custom.Add, lambda _: Add())
+    _exchange(net, custom.Multiply, lambda _: Multiply())
     return net
 
 

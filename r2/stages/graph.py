@@ -61,7 +61,10 @@ def places(model: nn.Module, left_out: tuple[str, ...] = ()) -> Places:
         if node.op != "call_module":
             if node.target not in _RESHAPING:
                 name = getattr(node.target, "__name__", node.target)
-                raise UserError(f"{name!r} ({node.name}) is computed outside a module and cannot be quantized")
+                raise UserError(
+                    f"{name!r} ({node.name}) is computed outside a module and cannot be quantized after training; "
+                    "stage=ewgs, lsq, pact and dkm take the network"
+                )
             continue
         module = model.get_submodule(node.target)
         if node.target in seen:
@@ -96,6 +99,23 @@ def feeds_activation(node: fx.Node, model: nn.Module) -> bool:
     return bool(users) and all(
         user.op == "call_module" and isinstance(model.get_submodule(str(user.target)), ACTIVATIONS) for user in users
     )
+
+
+def equalizable(model: nn.Module) -> bool:
+    """Whether a convolution alone reads another one's output, or its ReLU's: a pair for cross-layer equalization."""
+
+    def module_of(nodes: list[fx.Node], kinds: tuple[type, ...]) -> bool:
+        return len(nodes) == 1 and nodes[0].op == "call_module" and isinstance(
+            model.get_submodule(str(nodes[0].target)), kinds
+        )  # fmt: skip
+
+    for node in trace(model).nodes:
+        if module_of([node], (nn.Conv2d,)):
+            users = readers(node, model)
+            users = readers(users[0], model) if module_of(users, ACTIVATIONS) else users
+            if module_of(users, (nn.Conv2d,)):
+                return True
+    return False
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from r2 import console
 from r2.config import Bits, Count, Fraction, NonNegative, Positive, UserError
 from r2.data.batches import IGNORED, Data
 from r2.dist import end_with_parent
+from r2.modular import modular
 from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise
 from r2.recipe import Recipe
 from r2.record import Outcome
@@ -31,7 +32,7 @@ from r2.regularizers import Regularizer
 from r2.stages import aimet, bias_correction, simulation
 from r2.stages.aimet import Work
 from r2.stages.constants import fold_constants
-from r2.stages.graph import places
+from r2.stages.graph import equalizable, places
 from r2.stages.stage import Stage
 from r2.store import Run
 from r2.train import evaluate
@@ -75,7 +76,12 @@ class PTQ(Stage):
 
     def check(self, model: nn.Module, calibration_images: int) -> None:
         super().check(model, calibration_images)
+        model = modular(model)
         places(model, self._left_out(model))
+        if self.equalizes() and not equalizable(model):
+            raise UserError(
+                "cross-layer equalization finds no pair of layers in this model; use stage=none or adaround"
+            )
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
@@ -107,7 +113,7 @@ class PTQ(Stage):
         began = time.monotonic()
         with aimet.alone(directory, seed) as (version, scratch):
             loaded = time.monotonic()
-            model = copy.deepcopy(model).eval()
+            model = modular(model)
             constants = fold_constants(model, batches) if self.fold_constant else None
             net, norms = aimet.fold(model, batches[0][:2])
             check_weights(quantizable(net))
@@ -143,6 +149,10 @@ class PTQ(Stage):
             },
         }
 
+    def equalizes(self) -> bool:
+        """Whether cross-layer equalization comes first."""
+        return False
+
     def method(self, work: Work) -> tuple[Any, dict, dict[str, float]]:
         """Returns the calibrated simulation, what the record says of it, and seconds by phase."""
         raise NotImplementedError
@@ -169,6 +179,9 @@ class DFQ(PTQ):
     """
 
     bias_correction: Literal["empirical", "analytic", "none"]
+
+    def equalizes(self) -> bool:
+        return True
 
     def method(self, work: Work) -> tuple[Any, dict, dict[str, float]]:
         began = time.monotonic()
@@ -218,6 +231,9 @@ class AdaRound(PTQ):
     beta_end: Positive
     warm_start: Fraction
     equalize_first: bool
+
+    def equalizes(self) -> bool:
+        return self.equalize_first
 
     def method(self, work: Work) -> tuple[Any, dict, dict[str, float]]:
         count = self.batches or len(work.batches)

@@ -6,7 +6,7 @@ from torch import nn
 
 from r2.config import UserError
 from r2.data.batches import Data
-from r2.quantizers.layers import layer_bits, quantizable
+from r2.quantizers.layers import layer_bits, obstacles, quantizable
 from r2.recipe import Recipe
 from r2.record import Outcome
 from r2.regularizers import Regularizer
@@ -43,6 +43,9 @@ class Stage:
             UserError: a key and what may stand there.
         """
         layers = quantizable(model, self.skip_first_last)
+        if self.weight_bits is not None:
+            for name, why in obstacles(model).items():
+                raise UserError(f"{name}: cannot be compressed, {why}; choose another model, or stage=fp32")
         layer_bits(list(layers), self.layer_bits)
         if self.act_bits is not None and any(isinstance(m, nn.Embedding) for m in model.modules()):
             raise UserError("stage: it quantizes what layers read, and an embedding reads token numbers; use stage=dkm")
