@@ -17,6 +17,7 @@ from r2.hints import nearest
 TORCHVISION = {"resnet18": "resnet18-f37072fd.pth", "mobilenet_v2": "mobilenet_v2-b0353104.pth"}
 _HUB = "hf_hub:"
 _MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of r2.data.images
+_SAVED = ("model.safetensors", "pytorch_model.bin")  # what transformers' save_pretrained calls its file
 
 
 def check_name(library: str, name: str) -> None:
@@ -76,12 +77,12 @@ def settle(given: dict, model: dict) -> dict | None:
         return None
     file = None
     if source == "torchvision":
-        sha256 = Path(torchvision_file(model)).stem.rpartition("-")[2]
+        sha256 = sha256_of_torchvision(torchvision_file(model))
     else:
         if source == "timm" and model["_target_"] == "r2.zoo.timm":
             file = str(_of_timm(model["name"], trained))
         else:
-            file = str(_of_hub(source) if source.startswith(_HUB) else Path(source))
+            file = str(_of_hub(source) if source.startswith(_HUB) else _on_disk(Path(source)))
         sha256 = _sha256(source, file)
     return {"source": source, "file": file, "sha256": sha256, "trained": trained, "new_head": new_head}
 
@@ -124,14 +125,19 @@ def _of_timm(name: str, trained: bool) -> Path:
     return _of_hub(f"{_HUB}{known.hf_hub_id}/{known.hf_hub_filename or 'model.safetensors'}")
 
 
+def sha256_of_torchvision(file: str) -> str:
+    """The first eight hex digits, which the file's name carries."""
+    return Path(file).stem.rpartition("-")[2]
+
+
 def _sha256(source: str, file: str) -> str:
     try:
         stat = Path(file).stat()
         return _sha256_of(file, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise UserError(
-            f"model.weights={source}: cannot be read ({error.strerror}); it is a file, torchvision, timm or "
-            f"{_HUB}REPO/FILE"
+            f"model.weights={source}: cannot be read ({error.strerror}); it is a file, a folder of save_pretrained, "
+            f"torchvision, timm or {_HUB}REPO/FILE"
         ) from None
 
 
@@ -139,6 +145,11 @@ def _sha256(source: str, file: str) -> str:
 def _sha256_of(file: str, changed: int, size: int) -> str:
     """Of a sweep's jobs, the first reads the file."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _on_disk(path: Path) -> Path:
+    """The path, or the file in it where it is a folder of save_pretrained."""
+    return next((path / name for name in _SAVED if (path / name).is_file()), path)
 
 
 @functools.cache

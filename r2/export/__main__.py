@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", default="onnx", help=f"the kind of file: {', '.join(export.TARGETS)}; onnx by default")
     parser.add_argument("--out", type=Path, help="the file; model.onnx and so forth beside the packed one by default")
     parser.add_argument("--no-check", action="store_true", help="do not run the file on the run's data")
-    parser.add_argument("--image-size", type=int, help="of a packed file alone; by default 224, or 32 of small_input")
+    parser.add_argument("--image-size", type=int, nargs="+", metavar=("HEIGHT", "WIDTH"),
+                        help="of a packed file alone, one number of a square; by default 224, or 32 of small_input")  # fmt: skip
     parsed = parser.parse_intermixed_args(arguments)
     with refusals():
         target, alone = export.target(parsed.to), parsed.run.is_file()
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
             export_packed(parsed.run, out, parsed.to, parsed.image_size)
         else:
             if parsed.image_size is not None:
-                raise UserError(f"--image-size {parsed.image_size}: is for a packed file alone; a run's record says it")
+                raise UserError("--image-size is for a packed file alone; a run's record says it")
             export_run(parsed.run, out, parsed.to, parsed.places, check=not parsed.no_check)
 
 
@@ -93,16 +94,18 @@ def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (
     _describe(run, out, to, places, found, checked)
 
 
-def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: int | None = None) -> None:
+def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: list[int] | None = None) -> None:
     """Write the model of a packed file that has no run beside it; nothing says then what to compare it on.
 
     Raises:
         UserError: the packed file is damaged or holds a model of one's own, or the target does not take the model.
     """
+    if image_size is not None and not (len(image_size) <= 2 and min(image_size) > 0):
+        raise UserError(f"--image-size {' '.join(map(str, image_size))}: expected one number, or a height and a width")
     target = export.target(to)
     target.load()
     model = pack.load(packed)
-    _write(target, model, out, _examples(model, image_size))
+    _write(target, model, out, _examples(model, image_size[0] if image_size and len(image_size) == 1 else image_size))
     print("not checked         a packed file alone has no data; its run's folder has")
 
 
@@ -137,14 +140,14 @@ def _data(config: dict[str, Any]) -> Data:
         raise UserError(f"{error}; the check reads them: data.root=DIR, or --no-check to leave it out") from None
 
 
-def _examples(model: nn.Module, image_size: int | None) -> Inputs:
+def _examples(model: nn.Module, image_size: int | list[int] | None) -> Inputs:
     """Two of what a network of r2 takes."""
     architecture: Any = model.architecture
     if architecture["name"] == "mobilebert":
         tokens = torch.ones(2, min(16, architecture["settings"]["max_position_embeddings"]), dtype=torch.long)
         return {"input_ids": tokens, "attention_mask": tokens, "token_type_ids": torch.zeros_like(tokens)}
     size = image_size or (32 if architecture.get("small_input") else 224)
-    return torch.zeros(2, 3, size, size)
+    return torch.zeros(2, 3, *height_and_width(size))
 
 
 def _write(target: export.Target, model: nn.Module, out: Path, inputs: Inputs) -> None:
