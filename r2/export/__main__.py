@@ -19,7 +19,7 @@ from torch import nn
 
 from r2 import export, pack, record, store
 from r2.cli import refusals
-from r2.config import UserError, build, shell_word
+from r2.config import UserError, build, height_and_width, shell_word
 from r2.data.batches import Data
 from r2.data.facts import facts
 from r2.dist import World
@@ -37,8 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--to", default="onnx", help=f"the kind of file: {', '.join(export.TARGETS)}; onnx by default")
     parser.add_argument("--out", type=Path, help="the file; model.onnx and so forth beside the packed one by default")
     parser.add_argument("--no-check", action="store_true", help="do not run the file on the run's data")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar=("HEIGHT", "WIDTH"),
-                        help="of a packed file alone, one number of a square; by default 224, or 32 of small_input")  # fmt: skip
+    parser.add_argument("--image-size", type=int, nargs="+", help="of a packed file alone: N, or HEIGHT WIDTH")
     parsed = parser.parse_intermixed_args(arguments)
     with refusals():
         target, alone = export.target(parsed.to), parsed.run.is_file()
