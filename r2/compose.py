@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from r2 import hub
 from r2.config import GROUPS, UserError, build, check, check_targets, shell_word, take_weights
+from r2.data.facts import FACTS
 from r2.hints import unknown_key, unknown_option
 from r2.paths import CONFIGS
 
@@ -43,6 +44,13 @@ def by_data(table: DictConfig, otherwise: Any, *, _root_: DictConfig) -> Any:
     return table.get(str(_root_.data._target_).rsplit(".", 1)[1], otherwise)
 
 
+def weights_of_paper(*, _root_: DictConfig) -> str | None:
+    """What `model.weights` is in the paper: of ResNet-18 without a range regularizer torchvision's (section 4.1.1)."""
+    network, reg, data = (str(_root_[group]._target_).rsplit(".", 1)[1] for group in ("model", "reg", "data"))
+    of_torchvision = network == "resnet18" and _root_.model.width_mult == 1 and reg == "L2" and _root_.reg.factor == 1
+    return "torchvision" if of_torchvision and FACTS.get(data) == FACTS["imagenet"] else None
+
+
 def from_environment(name: str, default: Any = None) -> Any:
     """OmegaConf's oc.env for the one variable that configs read, so that no config carries a secret into a record."""
     if name != "R2_DATA":
@@ -52,6 +60,7 @@ def from_environment(name: str, default: Any = None) -> Any:
 
 OmegaConf.register_new_resolver("by_model", by_model, replace=True)
 OmegaConf.register_new_resolver("by_data", by_data, replace=True)
+OmegaConf.register_new_resolver("weights_of_paper", weights_of_paper, replace=True)
 OmegaConf.register_new_resolver("oc.env", from_environment, replace=True)
 
 
@@ -104,7 +113,7 @@ def _differences(plain: dict, cfg: dict, solved: dict, prefix: str) -> list[str]
     for key, value in cfg.items():
         if isinstance(value, dict) and isinstance(plain.get(key), dict):
             found += _differences(plain[key], value, solved[key], f"{prefix}{key}.")
-        elif key not in plain or value != plain[key]:
+        elif key not in plain or plain[key] not in (value, solved[key]):  # an experiment's ${} may come to the default
             found.append(f"{prefix}{key}={_word(solved[key])}")
     return found
 

@@ -14,6 +14,7 @@ from r2.config import UserError
 # first weights, not its second: those are for images resized to 232 pixels, these for 256, as in r2's evaluation.
 TORCHVISION = {"resnet18": "resnet18-f37072fd.pth", "mobilenet_v2": "mobilenet_v2-b0353104.pth"}
 _HUB = "hf_hub:"
+_SAVED = ("model.safetensors", "pytorch_model.bin")  # what transformers' save_pretrained calls its file
 
 
 def settle(given: dict, network: str) -> dict | None:
@@ -41,11 +42,16 @@ def settle(given: dict, network: str) -> dict | None:
     if source == "torchvision":
         if network not in TORCHVISION:
             raise UserError(f"model.weights=torchvision: it has none of {network}, only of {' and '.join(TORCHVISION)}")
-        sha256 = Path(TORCHVISION[network]).stem.rpartition("-")[2]
+        sha256 = sha256_of_torchvision(network)
     else:
-        file = str(_of_hub(source) if source.startswith(_HUB) else Path(source))
+        file = str(_of_hub(source) if source.startswith(_HUB) else _on_disk(Path(source)))
         sha256 = _sha256(source, file)
     return {"source": source, "file": file, "sha256": sha256, "trained": trained, "new_head": new_head}
+
+
+def sha256_of_torchvision(network: str) -> str:
+    """The first eight hex digits, which the file's name carries."""
+    return Path(TORCHVISION[network]).stem.rpartition("-")[2]
 
 
 def _sha256(source: str, file: str) -> str:
@@ -54,7 +60,8 @@ def _sha256(source: str, file: str) -> str:
         return _sha256_of(file, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise UserError(
-            f"model.weights={source}: cannot be read ({error.strerror}); it is a file, torchvision or {_HUB}REPO/FILE"
+            f"model.weights={source}: cannot be read ({error.strerror}); it is a file, a folder of save_pretrained, "
+            f"torchvision or {_HUB}REPO/FILE"
         ) from None
 
 
@@ -62,6 +69,11 @@ def _sha256(source: str, file: str) -> str:
 def _sha256_of(file: str, changed: int, size: int) -> str:
     """Of a sweep's jobs, the first reads the file."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _on_disk(path: Path) -> Path:
+    """The path, or the file in it where it is a folder of save_pretrained."""
+    return next((path / name for name in _SAVED if (path / name).is_file()), path)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """r2 in a loop of one's own: `r2.compress` swaps a model's layers in place and calibrates them."""
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +41,7 @@ class Report:
         return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
 
 
-def compress(model: nn.Module, method: str, batch: Inputs, **settings: Any) -> Report:
+def compress(model: nn.Module, method: str, batch: Inputs | tuple, **settings: Any) -> Report:
     """Compress the layers of any model in place; afterwards train it as before, then `r2.pack.save` it.
 
     Convolutions, transposed convolutions, linear layers and embeddings become quantized (ewgs, lsq, pact: weights and
@@ -49,7 +51,8 @@ def compress(model: nn.Module, method: str, batch: Inputs, **settings: Any) -> R
     Args:
         model: on its device.
         method: ewgs, lsq, pact or dkm.
-        batch: what the model is called with, of the size and kind that it is trained on.
+        batch: what the model is called with, of the size and kind that it is trained on, on its device: a tensor, e.g.
+            images (n, channels, height, width), a tuple of positional arguments, or a dict of keyword arguments.
         settings: the keys of configs/stage/<method>.yaml but those of training, e.g. bits=4, skip_first_last=True,
             layer_bits={"head": 8}.
 
@@ -62,6 +65,8 @@ def compress(model: nn.Module, method: str, batch: Inputs, **settings: Any) -> R
     """
     if compressed(model):
         raise UserError("the model is compressed already; compress a new one")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod"):
+        raise UserError(f"the model is wrapped in {type(model).__name__}; compress the bare one, then wrap it")
     stage = _stage(method, settings)
     left_out = _left_out(model, method)
     before = {name: (module, type(module)) for name, module in model.named_modules() if isinstance(module, LAYERS)}
@@ -100,7 +105,28 @@ def _stage(method: str, settings: dict[str, Any]) -> QAT | DKM:
     return build({**default, **widths, **settings})
 
 
-def _prepare(model: nn.Module, stage: QAT | DKM, batch: Inputs) -> list[str]:
+class _Called(nn.Module):
+    """The model called with a whole batch: a tuple's arguments, a dict's keywords where its forward takes them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Inputs | tuple) -> Any:
+        if isinstance(batch, Mapping) and _takes(self.model, batch):
+            return self.model(**batch)
+        return self.model(*batch) if isinstance(batch, tuple) else self.model(batch)
+
+
+def _takes(model: nn.Module, keywords: Mapping) -> bool:
+    try:
+        inspect.signature(model.forward).bind(**keywords)
+    except TypeError:
+        return False
+    return True
+
+
+def _prepare(model: nn.Module, stage: QAT | DKM, batch: Inputs | tuple) -> list[str]:
     """Swap and calibrate; returns the layers that the batch did not reach."""
     if isinstance(stage, DKM):
         stage.cluster(model, seed=0)
@@ -109,7 +135,7 @@ def _prepare(model: nn.Module, stage: QAT | DKM, batch: Inputs) -> list[str]:
     called: set[str] = set()
     hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
     try:
-        calibrate(model, layers, batch)
+        calibrate(_Called(model), layers, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -19,9 +19,15 @@ pytest.importorskip("transformers", reason="pip install 'r2[nlp]'")
 pytest.importorskip("pyarrow", reason="pip install 'r2[nlp]'")
 import pyarrow as pa
 from pyarrow import parquet
-from transformers import MobileBertConfig, MobileBertForPreTraining, MobileBertTokenizer
+from test_security import composed
+from transformers import (
+    MobileBertConfig,
+    MobileBertForPreTraining,
+    MobileBertForSequenceClassification,
+    MobileBertTokenizer,
+)
 
-from r2 import export, hub, pack, store
+from r2 import export, hub, pack, store, weights
 from r2.config import UserError
 from r2.data.batches import chunk
 from r2.data.text import qnli
@@ -441,6 +447,36 @@ def test_one_cell_through_the_command_line(r2, source, few):
     pack.load(path.parent / "model.safetensors")
     refused = r2(*common, "stage=ewgs")
     assert refused.returncode == 2 and "an embedding reads token numbers; use stage=dkm" in refused.stderr
+
+
+def test_a_fine_tuned_network_is_taken_from_a_folder_or_a_file(r2, source, few, tmp_path):
+    """As it is, classifier included; of another size it is refused by the first tensor that does not fit."""
+    torch.manual_seed(5)
+    settings = json.loads((Path(source) / "config.json").read_text())
+    tuned = MobileBertForSequenceClassification(MobileBertConfig.from_dict({**settings, "num_labels": 2}))
+    tuned.save_pretrained(tmp_path / "tuned")
+    torch.save(tuned.state_dict(), tmp_path / "tuned.pth")
+    same = set()
+    for place in ("tuned", "tuned.pth"):
+        config = composed(*arguments(source, few), f"model.weights={tmp_path / place}", "stage=dkm", "stage.bits=1")
+        model = weights.load(mobilebert(2, source, "main"), config)
+        loaded, architecture = model.state_dict(), model.architecture["settings"]
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tuned.state_dict().items())
+        same.add(config["weights"]["sha256"])
+    with pytest.raises(
+        UserError, match=r"model.weights=\S+tuned.pth: \S+ is \(\d+.*\) in the file and .* in mobilebert"
+    ):
+        weights.fitting(network(2, {**architecture, "intermediate_size": 32}), config)
+    with pytest.raises(UserError, match="Is a directory.* it is a file, a folder of save_pretrained"):
+        composed(*arguments(source, few), f"model.weights={few}")
+    assert len(same) == 2
+    words = [f"model.weights={tmp_path / 'tuned'}", "stage=dkm", "stage.bits=2", "recipe.finetune.epochs=1"]
+    done = r2(*arguments(source, few, *words))
+    assert done.returncode == 0, done.stderr
+    (path,) = r2.out.glob("*/record.json")
+    record = json.loads(path.read_text())
+    assert record["epochs"]["pretrain"] == 0
+    assert record["sha256"]["weights"] == store.sha256_of(tmp_path / "tuned" / "model.safetensors")
 
 
 @pytest.mark.parametrize(

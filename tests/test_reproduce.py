@@ -16,6 +16,7 @@ from r2.paths import RESULTS
 from r2.plan import cells as planned
 from r2.plan import cost
 from r2.plan.speeds import Given, Speeds, post_training
+from r2.report import tables
 from r2.report.tables import FP32, Column, paper
 
 TINY = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=50", "recipe.batch_size=32"]
@@ -42,6 +43,39 @@ def test_every_table_of_the_paper_is_planned_whole(number):
     cells = planned.cells([f"table{number}"], ["data=imagenet"])
     places = {((c.axes["model"], c.axes["reg"]), Column(*[c.axes.get(f) for f in Column._fields])) for c in cells}
     assert places == {key for key in paper(number) if key[1] != FP32} and len(places) == len(cells)
+
+
+def test_resnet18_without_a_regularizer_is_torchvisions_on_imagenet_as_in_the_paper():
+    """Its row belongs to the paper's protocol, costs no pretraining, and its command alone is the same run."""
+    words = ["model=rn18", "reg=l2,linf", "stage.bits=2"]
+    of_imagenet = planned.cells(["table4", "table5", "table6"], ["data=imagenet", *words])
+    for cell in of_imagenet:
+        (again,) = planned.cells_of(cell.config["overrides"])
+        assert again == cell
+        given = cell.config["weights"]
+        assert (given and given["source"]) == ("torchvision" if cell.axes["reg"] == "l2" else None)
+        found = {**cell.config, "config": cell.config, "axes": cell.axes, "train_images": 1_281_167}
+        assert tables.protocol({**found, "metrics": {"images": 50_000}}).full
+    plan = "\n".join(cost.describe(of_imagenet, None, Speeds([], "cpu")))
+    assert "no pretraining imagenet resnet18 l2 seed 0: from torchvision as it is" in plan
+    assert (
+        f"{len(of_imagenet)} runs" in plan and "which need 2 pretrainings" in plan
+    )  # l-inf's, over weights and vectors
+    for other in (["data=imagenet", "model.width_mult=0.25"], ["data=fake"], ["data=imagenet", "model.weights=null"]):
+        (cell,) = planned.cells(["table5"], [*words, *other, "reg=l2"])
+        assert cell.config["weights"] is None and "weights" not in " ".join(cell.config["overrides"])
+    found = {**cell.config, "config": cell.config, "axes": cell.axes, "train_images": 1_281_167}
+    assert tables.protocol({**found, "metrics": {"images": 50_000}}).changed == ("model.weights=null",)
+
+
+def test_the_committed_records_are_still_the_runs_of_their_commands():
+    """Those of the study as configs/ has it now; one of each regularizer and stage."""
+    known = cost.known_records([RESULTS / "records"])
+    study = [record for record in known if tables.protocol(record) == tables.main_study(known)]
+    found = {(record["axes"]["reg"], record["axes"]["stage"]): record for record in study}
+    for record in found.values():
+        (cell,) = planned.cells_of(record["overrides"])
+        assert cell.name == record["name"]
 
 
 def test_table_7_keeps_its_data_among_the_others():
@@ -103,7 +137,8 @@ def test_a_plan_counts_what_is_missing_and_writes_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_plan_of_gpus_from_a_measured_speed(devices, capsys):
-    words = ["table=6", "data=imagenet", "model=rn18", "reg=l2", "plan=true", "images_per_second=2500"]
+    words = ["table=6", "data=imagenet", "model=rn18", "reg=l2", "model.weights=null", "plan=true",
+             "images_per_second=2500"]  # fmt: skip
     with pytest.raises(SystemExit):
         reproduce.main([*words, f"devices={devices}"])
     hours = (300 + 2 * 100) * 1_281_167 / 2500 / 3600  # one pretraining, and DKM twice

@@ -200,6 +200,7 @@ _TWINS: dict[type[nn.Module], type] = {
     nn.Embedding: QuantizedEmbedding,
 }
 LAYERS = tuple(_TWINS)  # what has a weight to compress
+_UNQUANTIZED = ("max_norm", "scale_grad_by_freq", "sparse")  # options of an embedding
 
 
 def kind_of(layer: nn.Module) -> type[nn.Module]:
@@ -215,6 +216,8 @@ def obstacle(layer: nn.Module, parent: nn.Module | None = None) -> str | None:
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         return f"{type(parent).__name__} reads its weight itself"
     kind = kind_of(layer)
+    if option := next((name for name in _UNQUANTIZED if getattr(layer, name, None)), None):
+        return f"its {option} is not computed through a quantizer"
     computing = ("forward", "_conv_forward")  # of a convolution, the second is what the first calls
     own = [name for name in computing if getattr(type(layer), name, None) is not getattr(kind, name, None)]
     return None if isinstance(layer, _Quantized) or not own else f"{type(layer).__name__} has a {own[0]} of its own"
@@ -280,7 +283,7 @@ def _calibrating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Inputs) -> None:
+def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> None:
     """Initialise every quantizer in one forward pass, so that a later layer sees quantized inputs.
 
     The pass draws no random number and leaves the model's mode and statistics as they were: a stage's result depends

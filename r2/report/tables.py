@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from r2.config import UserError
 from r2.data.facts import FACTS
+from r2.hub import sha256_of_torchvision
 from r2.paths import CONFIGS, PAPER
 from r2.record import Record
 
@@ -34,6 +35,7 @@ _PLACES = {"out", "devices", "threads", "force", "tracker", "checkpoint_seconds"
            "data.workers", "hydra.searchpath"}  # fmt: skip
 # Examples of the paper's data sets, ImageNet read in three ways: fewer of them are another study.
 _OF_PAPER = {"imagenet", "imagenet_shards", "imagenet_dali", "qnli"}
+_OF_TORCHVISION = ("model.weights=torchvision", f"sha256 {sha256_of_torchvision('resnet18')}")
 
 
 class Column(NamedTuple):
@@ -108,9 +110,11 @@ def protocol(record: Record) -> Protocol:
     recipe = record["config"]["recipe"]
     overrides = [word.partition("=") for word in record["overrides"]]
     changed = sorted(f"{key}={value}" for key, _, value in overrides if key not in _AXES | _PLACES)
-    if weights := record["config"].get("weights"):  # a file of the same name may hold others
+    data, weights = record["choices"]["data"], record["config"].get("weights")
+    if weights:  # a file of the same name may hold others
         changed.append(f"sha256 {weights['sha256'][:8]}")
-    data = record["choices"]["data"]
+    if data in _OF_PAPER and row(record) == ("resnet18", "l2"):  # the paper's is torchvision's, as r2.compose has it
+        changed = [c for c in changed if c not in _OF_TORCHVISION] if weights else [*changed, "model.weights=null"]
     if data in _OF_PAPER:
         seen = {"training": record.get("train_images"), "validation": record["metrics"]["images"]}
         whole = {"training": FACTS[data].train_images, "validation": FACTS[data].val_images}

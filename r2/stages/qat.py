@@ -96,6 +96,8 @@ class QAT(Stage):
 
         def quantizer(layer: str) -> Quantizer:
             act_bits = self.input_bits if layer == first else overrides.get(layer, self.act_bits)
+            if isinstance(layers[layer], nn.Embedding):  # it reads token numbers
+                act_bits = None
             return self.quantizer(overrides.get(layer, self.weight_bits), act_bits, len(layers[layer].weight))  # type: ignore[arg-type]
 
         swap(layers, quantizer)
