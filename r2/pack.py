@@ -59,6 +59,10 @@ def save(model: nn.Module, path: Path | str) -> None:
 
     A network of r2 is built again by `load`; one of your own has to be given to it.
 
+    Args:
+        model: the bare one, without DistributedDataParallel, on any device.
+        path: of the file, a safetensors file whatever it is called.
+
     Raises:
         UserError: the file cannot be written.
     """

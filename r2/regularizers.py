@@ -121,7 +121,7 @@ class Regularizer(nn.Module):
 
     Args:
         model: on its final device; its weights are held by reference.
-        weight: factor on the whole term.
+        weight: factor on the whole term, which is in the weights' units (KURE's has none).
         dim: length of the vectors that DKM will cluster (Table 6): `dim` consecutive rows of the weight, which are
             output channels but for transposed convolutions. The scalar term is applied to each of the `dim` columns
             and summed.
@@ -230,7 +230,7 @@ class Regularizer(nn.Module):
         return self.scale() * terms.sum()
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
-        """The optimizer group of the term's own parameters: no weight decay, their own learning rate."""
+        """The optimizer group of the term's own parameters, if it has any: no weight decay, its rate lr * lr_mult."""
         parameters = list(self.parameters())
         group = {"params": parameters, "lr": lr * self.lr_mult, "weight_decay": 0.0}
         return [group] if parameters else []
@@ -241,7 +241,13 @@ class Regularizer(nn.Module):
 
 
 class L2(Regularizer):
-    """Weight decay alone, `factor` times the recipe's: the paper's L2 and 10x L2. The optimizer applies it."""
+    """Weight decay alone, `factor` times the recipe's: the paper's L2 and 10x L2. The optimizer applies it.
+
+    In a loop of your own set the optimizer's weight_decay instead: value and gradient are zero here.
+
+    Args:
+        factor: on the recipe's weight decay.
+    """
 
     def __init__(self, model: nn.Module, factor: NonNegative = 1.0):
         super().__init__(model, weight=0.0)
@@ -256,7 +262,11 @@ class L2(Regularizer):
 
 
 class LInf(Regularizer):
-    """Eq. 1: sum over layers of max |w|; a subgradient at one of the largest weights."""
+    """Eq. 1: sum over layers of max |w|; a subgradient at one of the largest weights.
+
+    Args:
+        model, weight, dim: as `Regularizer`; the paper's weight is 0.01.
+    """
 
     def __init__(self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1):
         super().__init__(model, weight, dim)
@@ -283,14 +293,21 @@ class Margin(Regularizer):
     """Eq. 2 with one learnable margin M per layer (and column), initialised at 2 std of the weights.
 
     dL/dM = sign(M) (1 - n), n the number of weights outside, is exact under autograd. It is of order N, and plain SGD
-    throws M far outside the weights; divided by N, it cannot pull M back either (measured; see README,
+    throws M far outside the weights; divided by N, it cannot pull M back either (measured; see docs/paper.md,
     "Differences"). `add_gradients` therefore adds
 
         sign(M) clip(1 - n, -1, 1) max(|M|, max |w|),
 
     so that one rate suits every layer: M shrinks in proportion to itself where nothing is outside, grows in
     proportion to the weights where two or more are, and rests where one is. With SGD at momentum 0.9 and weight 0.01
-    a step is about 0.1 lr of that size at most.
+    a step is about 0.1 lr of that size at most. Give the optimizer `param_groups(lr)`, or M stays where it starts.
+
+    Args:
+        model, weight, dim: as `Regularizer`; the paper's weight is 0.01.
+        lr_mult: factor on the learning rate of M.
+
+    Attributes:
+        margin: M, (weights, dim), in the weights' units.
     """
 
     def __init__(self, model: nn.Module, weight: NonNegative = 0.01, dim: Count = 1, lr_mult: Positive = 1.0):
@@ -342,7 +359,15 @@ class SoftMinMax(Regularizer):
     """Eq. 3 with one learnable temperature per layer, shared by its columns.
 
     As written the temperature settles where Var_p + Var_q = exp(-alpha), near -ln(2 var(w)), so the term never
-    becomes a hard min-max (see README, "Differences").
+    becomes a hard min-max (see docs/paper.md, "Differences"). Give the optimizer `param_groups(lr)`, or it never moves.
+
+    Args:
+        model, weight, dim: as `Regularizer`; the paper's weight is 0.01.
+        temperature: its start, per unit of weight; the paper's 0.1.
+        lr_mult: factor on the learning rate of the temperatures.
+
+    Attributes:
+        temperature: (weights,).
     """
 
     def __init__(
@@ -411,7 +436,12 @@ def _soft_gradient(w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
 
 
 class Kurtosis(Regularizer):
-    """KURE: the mean over the trained layers of (Kurt[w] - target)^2; its official weight is 1.0."""
+    """KURE (Shkolnik et al. 2020): the mean over the trained layers of (Kurt[w] - target)^2.
+
+    Args:
+        model, weight, dim: as `Regularizer`; the official weight is 1.0.
+        target: the kurtosis that is aimed at; 1.8 is a uniform distribution's.
+    """
 
     def __init__(self, model: nn.Module, weight: NonNegative = 1.0, target: Positive = 1.8, dim: Count = 1):
         super().__init__(model, weight, dim)
@@ -470,7 +500,7 @@ def _kurtosis_gradient(w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Per layer: range (max - min), largest size, standard deviation and kurtosis of its weight."""
+    """Per weight: `range` (max - min), `max_abs`, `std` (unbiased), in its units; `kurtosis`, NaN of a constant."""
     out = {}
     for name, w in weights_of(model).items():
         w = w.detach().double()

@@ -210,8 +210,11 @@ def test_embeddings_shared_and_frozen_weights_of_a_model_with_several_inputs(met
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_what_cannot_be_compressed_is_one_line_for_every_method(method):
-    for model, line in ((nn.Sequential(nn.ReLU()), "no convolution, linear layer or embedding"),
-                        (nn.DataParallel(nn.Linear(2, 2)), "wrapped in DataParallel; compress the bare one")):  # fmt: skip
+    nothing, wrapped = nn.Sequential(nn.ReLU()), nn.DataParallel(nn.Linear(2, 2))
+    for model, line in (
+        (nothing, "no convolution, linear layer"),
+        (wrapped, "is wrapped in DataParallel; compress the"),
+    ):
         with pytest.raises(UserError, match=line):
             r2.compress(model, method, torch.randn(4, 2))
 

@@ -133,7 +133,10 @@ class _Quantized:
         raise NotImplementedError
 
     def compute(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        weight = self.weight if self.codes is not None else self.quantizer.weight(self.weight)
+        if self.codes is None:
+            weight = self.quantizer.weight(self.weight)
+        else:  # torch.matmul takes another path, with other last bits, for a weight that requires a gradient
+            weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
         return self.operation(self.quantizer.act(x), weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
