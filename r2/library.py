@@ -52,7 +52,8 @@ def compress(model: nn.Module, method: str, batch: Inputs | tuple, **settings: A
         model: on its device.
         method: ewgs, lsq, pact or dkm.
         batch: what the model is called with, of the size and kind that it is trained on, on its device: a tensor, e.g.
-            images (n, channels, height, width), a tuple of positional arguments, or a dict of keyword arguments.
+            images (n, channels, height, width), a tuple of positional arguments, or a dict of keyword arguments. dkm
+            looks at weights alone and does not call the model.
         settings: the keys of configs/stage/<method>.yaml but those of training, e.g. bits=4, skip_first_last=True,
             layer_bits={"head": 8}.
 

@@ -456,20 +456,15 @@ def test_a_fine_tuned_network_is_taken_from_a_folder_or_a_file(r2, source, few, 
     tuned = MobileBertForSequenceClassification(MobileBertConfig.from_dict({**settings, "num_labels": 2}))
     tuned.save_pretrained(tmp_path / "tuned")
     torch.save(tuned.state_dict(), tmp_path / "tuned.pth")
-    same = set()
     for place in ("tuned", "tuned.pth"):
         config = composed(*arguments(source, few), f"model.weights={tmp_path / place}", "stage=dkm", "stage.bits=1")
         model = weights.load(mobilebert(2, source, "main"), config)
         loaded, architecture = model.state_dict(), model.architecture["settings"]
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tuned.state_dict().items())
-        same.add(config["weights"]["sha256"])
-    with pytest.raises(
-        UserError, match=r"model.weights=\S+tuned.pth: \S+ is \(\d+.*\) in the file and .* in mobilebert"
-    ):
+    with pytest.raises(UserError, match=r"tuned.pth: \S+ is \(\d+.*\) in the file and .* in mobilebert"):
         weights.fitting(network(2, {**architecture, "intermediate_size": 32}), config)
     with pytest.raises(UserError, match="Is a directory.* it is a file, a folder of save_pretrained"):
         composed(*arguments(source, few), f"model.weights={few}")
-    assert len(same) == 2
     words = [f"model.weights={tmp_path / 'tuned'}", "stage=dkm", "stage.bits=2", "recipe.finetune.epochs=1"]
     done = r2(*arguments(source, few, *words))
     assert done.returncode == 0, done.stderr
