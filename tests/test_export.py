@@ -81,10 +81,10 @@ def palettized(model, bits, dim):
 
 
 QUANTIZERS = {
-    "ewgs": lambda layer, bits: EWGS(bits, bits),
-    "lsq": lambda layer, bits: LSQ(bits, bits),
-    "pact": lambda layer, bits: PACT(bits, bits),
-    "affine": lambda layer, bits: affine(bits, layer.weight),
+    "ewgs": lambda layer, bits, act_bits: EWGS(bits, act_bits),
+    "lsq": lambda layer, bits, act_bits: LSQ(bits, act_bits),
+    "pact": lambda layer, bits, act_bits: PACT(bits, act_bits),
+    "affine": lambda layer, bits, act_bits: affine(bits, layer.weight),
 }
 
 
@@ -95,10 +95,9 @@ def quantized(model, method, bits, first_bits=8, steps=10):
     images = next(DATA.calibration(64, 0))[0]
     if method == "affine":
         add_activations(model, images, bits)
-    swap(layers, lambda name: QUANTIZERS[method](layers[name], bits))
+    swap(layers, lambda name: QUANTIZERS[method](layers[name], bits, first_bits if name == first else bits))
     if method == "affine":
         return model.eval()
-    layers[first].quantizer.act_bits = first_bits
     calibrate(model, layers, images)
     return trained(model, steps, lr=0.002)
 

@@ -107,7 +107,7 @@ def test_a_key_is_compared_without_its_group():
         ("stage.strength=2", "unknown key 'stage.strength': stage=fp32 has no keys"),
         ("stage=lsq stage.delta=0", "it is a key of stage=ewgs; known are stage.act_bits, "),
         ("reg.wieght=1", "did you mean 'reg.weight'? It is a key of reg=kure, linf, margin, smm; known are reg.factor"),
-        ("model=mobilebert data=qnli model.width_mult=1", "it is a key of model=mbv1, mbv2, rn18; known are model.rev"),
+        ("model=mobilebert data=qnli model.width_mult=1", "it is a key of model=mbv1, mbv2, rn18; known are model.fin"),
         ("model.widht=1", "did you mean 'model.width_mult'? known are"),
         ("bits=2", "did you mean 'stage.bits'? known are check, "),
         ("width=0.5", "did you mean 'model.width_mult'? known are check, "),

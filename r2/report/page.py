@@ -61,11 +61,10 @@ def page(records: list[Record], folder: Path) -> str:
                               lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
     found = claims.findings(records)
     studies: list[dict[str, Any]] = []
-    for number, (key, cells) in enumerate(tables.measured(records).items()):
+    for key, cells in tables.measured(records).items():
         of_study = [r for r in records if tables.protocol(r) == key]
         seeds = len({r["axes"]["seed"] for r in of_study})
         studies.append({
-            "id": f"study-{number}",
             "protocol": key,
             "count": len(of_study),
             "seeds": seeds,
@@ -82,8 +81,8 @@ def page(records: list[Record], folder: Path) -> str:
         shown.add(table["heading"])
     return environment.get_template("report.html").render(
         studies=studies,
-        figures=[(data, list(_figures(folder / data / "figures"))) for data in _data(records)],
-        notes=[(data, _notes(folder / data / "notes.md")) for data in _data(records)],
+        figures=[figure for data in _data(records) for figure in _figures(folder / data / "figures")],
+        notes=[text for data in _data(records) if (text := _notes(folder / data / "notes.md"))],
         regularizers=REGULARIZERS,
     )
 
