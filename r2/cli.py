@@ -1,4 +1,4 @@
-"""The command line: starts what it is handed under Hydra; every mistake is one line. Imports no torch."""
+"""The command line: runs an entry point under Hydra; every error is one line. Does not import torch."""
 
 import contextlib
 import io

@@ -1,7 +1,7 @@
-"""The config: names of its types, the check of every key before any work, and `build`.
+"""The config: its types, the check of every key before any work, and `build`.
 
-Nothing here imports torch: `--help`, `--cfg job` and a config error answer at once. A config node holds the
-keyword arguments of the callable it names in `_target_`, so that callable's signature *is* the schema. It is
+Nothing here imports torch, so `--help`, `--cfg job` and config errors are fast. A config node holds the keyword
+arguments of the callable that it names in `_target_`, so the callable's signature *is* the schema. The signature is
 read from the source text, without importing the module.
 """
 

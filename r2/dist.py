@@ -1,4 +1,4 @@
-"""torch.distributed: who takes part, on which device, and how a tensor or an object gets from one to another."""
+"""torch.distributed: processes, their devices, and communication of tensors and objects."""
 
 import contextlib
 import functools

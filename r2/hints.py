@@ -1,4 +1,4 @@
-"""What was meant by a key or an option that there is not: a name is a hint only if it is near. Imports no torch."""
+"""Suggestions for unknown keys and options: only names close to the given one. Does not import torch."""
 
 import functools
 import math

@@ -1,6 +1,6 @@
-"""Where networks and files come from that r2 does not make: timm, torchvision, the Hugging Face hub, the user.
+"""Sources of networks and files: timm, torchvision, the Hugging Face hub, the user.
 
-Imports no torch.
+Does not import torch.
 """
 
 import functools

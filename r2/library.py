@@ -1,4 +1,4 @@
-"""r2 in a loop of one's own: `r2.compress` swaps a model's layers in place and calibrates them."""
+"""r2 in your own training loop: `r2.compress` replaces a model's layers in place and calibrates them."""
 
 import inspect
 from collections.abc import Mapping

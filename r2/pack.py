@@ -1,9 +1,9 @@
-"""The compressed file: bit-packed weight codes, scales or centroids, and the rest in float32, as one safetensors file.
+"""The packed file: bit-packed weight codes, scales or centroids, and the rest in float32, as one safetensors file.
 
-A file holds, per compressed layer, `<layer>.codes` (bits of the codes one after the other, most significant first),
-`<layer>.tail` (what a palette leaves out) and `<layer>.bias`; for every other module with state (BatchNorm, quantizer)
-one vector of its values in state_dict order. The metadata's `r2` is JSON: format, architecture, quantizers, the
-modules that a stage replaced, and a sha256 over all of it.
+For each compressed layer, the file holds `<layer>.codes` (bits of the codes in sequence, most significant first),
+`<layer>.tail` (the weights that a palette leaves out) and `<layer>.bias`. For every other module with state (BatchNorm,
+quantizer) it holds one vector of its values in state_dict order. The metadata key `r2` is JSON: format, architecture,
+quantizers, the modules that a stage replaced, and a sha256 over everything.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""The pretrained checkpoint of (data, model, regularizer, recipe, seed): loaded if finished, resumed if half done.
+"""The pretrained checkpoint of (data, model, regularizer, recipe, seed): loaded if finished, resumed if interrupted.
 
-With weights of the user's it is those: evaluated as they are, or what training goes on from.
+With the user's own weights, it is those weights, either evaluated unchanged or fine-tuned.
 """
 
 import csv

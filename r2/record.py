@@ -1,4 +1,4 @@
-"""The record of one run: everything needed to read, compare and repeat it, in one JSON file."""
+"""The record of a run: all data to read, compare and repeat it, in one JSON file."""
 
 import functools
 import hashlib

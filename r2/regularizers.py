@@ -1,4 +1,4 @@
-"""Range regularization (paper section 3, Eq. 1-3), KURE and L2, over every layer: convolution, linear, embedding.
+"""Range regularization (the paper's section 3, Eq. 1-3), KURE and L2, for convolution, linear and embedding layers.
 
 Use them in any loop:
 
@@ -10,8 +10,8 @@ Use them in any loop:
     optimizer.step()
 
 or differentiate the value: `(loss + reg()).backward()`. Under DistributedDataParallel `add_gradients` comes after
-`backward`, so after the all-reduce: the term is the same on every rank. With a GradScaler it comes after the loss's
-gradients are unscaled, or the term is divided by the scale:
+`backward`, hence after the all-reduce: the term is the same on every rank. With a GradScaler it comes after the loss's
+gradients are unscaled, otherwise the term is divided by the scale:
 
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -22,8 +22,8 @@ gradients are unscaled, or the term is divided by the scale:
 Weights in float16 or bfloat16 are summed in float32; the gradient is rounded once, when it is added to `.grad`. Float16
 holds nothing below 6e-8, which is more than soft-min-max's pull on a weight of a large layer.
 
-Frozen weights are left out, and so are those that a step has not used: their `.grad` is None. A weight that several
-layers share counts once.
+Frozen weights, and weights that a step has not used (their `.grad` is None), are left out. A weight shared by several
+layers counts once.
 """
 
 import math

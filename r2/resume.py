@@ -1,4 +1,4 @@
-"""What goes on beside the steps of a phase of training: checkpoints and resuming, signals, the check of the loss."""
+"""Checkpoints, resume, signals and the check for non-finite losses in a training phase."""
 
 import contextlib
 import math

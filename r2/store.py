@@ -1,4 +1,4 @@
-"""Run directories: one writer at a time, atomic writes, checkpoints that are checked when read."""
+"""Run directories: one writer at a time, atomic writes, checkpoints that are verified when read."""
 
 import contextlib
 import csv

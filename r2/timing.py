@@ -1,4 +1,4 @@
-"""Where the time and the memory of training go, told by clock reads alone: nothing here waits for the device."""
+"""Time and memory of training, measured by clock reads alone: nothing here waits for the device."""
 
 import resource
 import statistics

@@ -1,4 +1,4 @@
-"""Where curves go besides curve.csv. A tracker has `log(row)` and `close()`, and can neither end nor hold up a run."""
+"""Trackers of curves besides curve.csv. A tracker has `log(row)` and `close()`; it can neither end nor block a run."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""The one optimisation loop, and evaluation. Pretraining and every fine-tuning stage call it."""
+"""The training loop and evaluation. Pretraining and every fine-tuning stage use them."""
 
 import contextlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What is known of every data set without reading it: counts, classes, image size. A plan and a table need no data."""
+"""Facts of every data set that need no data: counts, classes, image size. Plans and tables use them."""
 
 from dataclasses import dataclass, fields, replace
 

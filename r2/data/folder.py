@@ -1,4 +1,4 @@
-"""Image folders, root/{train,val}/<class>/<image>: ImageNet, Imagenette and your own, or these in CSV."""
+"""Image folders, root/{train,val}/<class>/<image>: ImageNet, Imagenette, your own; or listed in CSV files."""
 
 import csv
 import os

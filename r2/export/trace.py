@@ -1,4 +1,4 @@
-"""A model as a program of torch.export, with any batch size and, for tokens, any length."""
+"""Trace a model to a torch.export program with dynamic batch size and, for tokens, dynamic length."""
 
 import warnings
 

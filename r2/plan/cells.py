@@ -1,7 +1,7 @@
 """Which runs a table or figure needs, which of them exist, and which pretrainings they share.
 
-An experiment of configs/experiment is a grid of overrides; every cell of it is composed exactly as the command line
-composes one run, so a planned run and a typed one have the same directory.
+An experiment in configs/experiment is a grid of overrides. Every cell is composed exactly like a run from the command
+line, so both have the same directory.
 """
 
 import itertools

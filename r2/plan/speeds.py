@@ -1,4 +1,4 @@
-"""How long runs take: by what records tell, by the speeds that the user has measured, or by a short measurement."""
+"""How long runs take: from records, from speeds that the user has measured, or from a short measurement."""
 
 import json
 from collections import defaultdict

@@ -2,7 +2,7 @@
 
 A comparison is a sum of terms: the regularizers of a term are averaged, and so are its columns. Seeds are replicates,
 not blocks, so regularizers are compared as independent samples within a model (`r2.report.statistics`), and models
-are averaged. What one pretraining gives to several columns stays together: a seed counts with the sum of its columns.
+are averaged. Columns that share one pretraining are not independent: a seed counts with the sum of its columns.
 """
 
 import math

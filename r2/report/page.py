@@ -1,4 +1,4 @@
-"""What is generated from records: tables, figures, claims, the README's block and one HTML page."""
+"""The report from records: tables, figures, claims, the README's results block and one HTML page."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""What the figures show of a pretraining: the weights of some layers, and the curve of all, in two small files."""
+"""Data of a pretraining for the figures, in two small files: the weights of some layers, and the curve of all."""
 
 import csv
 import hashlib

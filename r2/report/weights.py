@@ -1,6 +1,6 @@
-"""Drawings of trained weights: the paper's Fig. 1 and Fig. 2, and range and kurtosis over pretraining.
+"""Plots of trained weights: the paper's Fig. 1 and Fig. 2, and range and kurtosis over pretraining.
 
-Every function returns a matplotlib figure and one sentence that says what it shows.
+Every function returns a matplotlib figure and a one-sentence caption.
 """
 
 import numpy as np
