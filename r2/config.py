@@ -24,11 +24,11 @@ from r2.hints import unknown_key
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line and without a traceback."""
+    """A user's mistake, reported in one line without a traceback."""
 
 
 class Diverged(UserError):
-    """A training whose loss or weights are not finite any more: a result of the run, and counted as one at chance."""
+    """A training with a non-finite loss or weights: a result of the run, counted at chance accuracy."""
 
 
 def last_line(error: BaseException) -> str:

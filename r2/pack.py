@@ -272,7 +272,7 @@ def _name(method: type[Quantizer]) -> str:
 
 
 def _method(name: str) -> type[Quantizer]:
-    """The class of a quantizer: a file may name any that stands inside r2, and imports nothing else."""
+    """The class of a quantizer: a file may name any class inside r2, and imports nothing else."""
     if name in _METHODS:
         return _METHODS[name]
     module, _, own = name.rpartition(".")
@@ -285,7 +285,7 @@ def _method(name: str) -> type[Quantizer]:
 def _build(header: dict[str, Any], model: nn.Module | None) -> nn.Module:
     """The network with everything a stage changed in it, its values not yet set."""
     if model is None:
-        # With values: of buffers that are no state, or no floats, the file has none.
+        # With values: the file has none for buffers that are not state or not floats.
         model = _network(header["architecture"], "cpu")
     model.cpu()
     for kind, names in header["replaced"].items():

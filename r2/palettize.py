@@ -166,7 +166,7 @@ def hard(vectors: Tensor, centroids: Tensor) -> Tensor:
 class Palette(Quantizer):
     """The DKM palette of one layer: soft weights while training, the nearest centroid afterwards.
 
-    Centroids start from k-means and go on from the last step's, without gradient. Centroids that coincide would stay
+    Centroids start from k-means, then from those of the last step, without gradient. Centroids that coincide would stay
     together for ever; a training step first moves the repeated ones apart by a hundredth of sqrt(temperature).
     If `dim` does not divide the output channels, the last of them stay as they are; `tail` counts those weights.
 

@@ -98,7 +98,7 @@ def _weights_curve(model: nn.Module, run: Run) -> Callable[[int], None]:
 
 
 def untrained(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, Pretrained]:
-    """The new model, or the user's, for a stage that trains it by the whole recipe; returns what `pretrain` does."""
+    """The new model, or the user's, for a stage that trains it with the whole recipe; returns what `pretrain` does."""
     model = _new(config, data, recipe, world)
     weights = describe(model)
     return model, Pretrained(weights, weights)

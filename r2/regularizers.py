@@ -6,7 +6,7 @@ Use them in any loop:
     optimizer = SGD([{"params": model.parameters()}, *reg.param_groups(lr)], lr)
     ...
     loss.backward()
-    reg.add_gradients()                       # the loss's gradient, added in place: no graph, no communication
+    reg.add_gradients()                       # the term's gradient, added in place: no graph, no communication
     optimizer.step()
 
 or differentiate the value: `(loss + reg()).backward()`. Under DistributedDataParallel `add_gradients` comes after
@@ -20,7 +20,7 @@ gradients are unscaled, otherwise the term is divided by the scale:
     scaler.update()
 
 Weights in float16 or bfloat16 are summed in float32; the gradient is rounded once, when it is added to `.grad`. Float16
-holds nothing below 6e-8, which is more than soft-min-max's pull on a weight of a large layer.
+has no values below 6e-8, which is more than soft-min-max's gradient for a weight of a large layer.
 
 Frozen weights, and weights that a step has not used (their `.grad` is None), are left out. A weight shared by several
 layers counts once.

@@ -176,7 +176,7 @@ def run_all(cells: list, jobs: int, gpus: list[str]) -> dict[str, str]:
                 reasons |= job.reasons()
                 if rest := job.untouched():
                     waiting.insert(0, rest)
-    finally:  # stopped: the runs write a checkpoint, and the same command goes on
+    finally:  # stopped: the runs write a checkpoint, and the same command resumes them
         for job in running:
             job.process.terminate()
         for job in running:
@@ -217,7 +217,7 @@ class _Job:
 
 
 def _run(configs: list[dict], gpus: list[str], ends: Connection) -> None:
-    """A failure is told and ends one run, not the others."""
+    """A failure is reported and ends one run, not the others."""
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # before anything imports torch
     from r2.dist import end_with_parent

@@ -70,7 +70,7 @@ def wandb(
     entity: str | None = None,
     init_timeout_seconds: Positive = 10.0,
 ) -> Tracker:
-    """Weights & Biases; without a network it goes on offline (upload later with `wandb sync`)."""
+    """Weights & Biases; without a network it continues offline (upload later with `wandb sync`)."""
 
     def start() -> tuple[Callable, Callable]:
         import wandb as wb

@@ -268,7 +268,7 @@ class Grid(Native):
 
 @functools.cache
 def _triton() -> "type[Passes] | None":
-    """The passes of a GPU; None, and a warning, where there is no Triton to compile them."""
+    """The GPU passes; None, with a warning, if there is no Triton to compile them."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return None
     try:

@@ -75,7 +75,7 @@ class Data:
     def fingerprint(self) -> str:
         """The examples of both splits in their order, as counts and eight hex digits.
 
-        A run that goes on compares it; of images in files it knows names and labels, not the pixels.
+        A resumed run compares it. For images in files it covers names and labels, not pixels.
         """
         total = hashlib.sha256()
         for array in self._contents():

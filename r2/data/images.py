@@ -35,7 +35,7 @@ class Source(Protocol):
 
     Attributes:
         labels: (n,) int64.
-        names: (n,) bytes, unique within a split, wherever it lies.
+        names: (n,) bytes, unique within a split, independent of its folder.
     """
 
     labels: np.ndarray

@@ -138,7 +138,7 @@ def _facts(found: Record) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What stands in a folder's model_card.json; {} where there is none.
+    """The content of a folder's model_card.json; {} if there is none.
 
     Raises:
         UserError: it is none of r2's.

@@ -17,7 +17,7 @@ def named(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def axes(inputs: Inputs) -> dict:
-    """The axes whose sizes stay open, by number, for the one input or for each by its name."""
+    """The dynamic axes, by number, for the one input or for each input by its name."""
     return {0: "batch"} if isinstance(inputs, Tensor) else {name: {0: "batch", 1: "length"} for name in inputs}
 
 

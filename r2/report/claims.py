@@ -24,7 +24,7 @@ class Term(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """`low` and `high`: the claim holds where the comparison lies between them; `models`: how their names begin."""
+    """`low` and `high`: the claim holds if the comparison is between them; `models`: how their names begin."""
 
     text: str
     source: str
@@ -158,7 +158,7 @@ def samples(claim: Claim, cells: Cells) -> dict[str, list[Sample]]:
 
 
 def judge(claim: Claim, cells: Cells) -> Finding | None:
-    """The claim by itself over measured cells, or None where they do not hold the comparison."""
+    """The claim alone over measured cells, or None if they do not contain the comparison."""
     found = _compared(claim, cells, 1)
     return found and _decided(claim, found)
 

@@ -100,7 +100,7 @@ def _lowest_seed(items: list[tuple[dict, dict, Path]]) -> list[tuple[dict, dict,
 
 
 def _default(reg: str) -> dict | None:
-    """The values of an option of configs/reg; None of one that is not there."""
+    """The values of an option of configs/reg; None if there is no such option."""
     from omegaconf import OmegaConf
 
     from r2.paths import CONFIGS

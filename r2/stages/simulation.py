@@ -1,4 +1,4 @@
-"""Converts AIMET's simulation to an r2 model, in memory and on disk."""
+"""Converts AIMET's simulation to an r2 model, and saves it."""
 
 from typing import Any
 
