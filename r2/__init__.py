@@ -1,4 +1,4 @@
-"""Range regularization for model compression and quantization. `import r2` imports no torch before it is needed.
+"""Range regularization for model compression and quantization. `import r2` does not import torch until it is needed.
 
 r2.compress(model, method, batch, **settings)    quantize or palettize any model in place (r2.library)
 r2.regularizers                                  range regularizers for any loop

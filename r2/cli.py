@@ -1,4 +1,4 @@
-"""The command line: starts what it is handed under Hydra; every mistake is one line. Imports no torch."""
+"""The command line: runs an entry point under Hydra; every error is one line. Does not import torch."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ def refuse(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """A user's mistake inside ends the program with its line and status 2; a reader that left (| head) is no error.
+    """A user's mistake inside ends the program with one line and status 2; a closed pipe (| head) is no error.
 
     Names of files need not be UTF-8: what a terminal cannot show is escaped.
     """

@@ -1,4 +1,4 @@
-"""Composition: the command line's words become one checked, plain config. Imports no torch."""
+"""Composition: turns command-line arguments into one checked, plain config. Does not import torch."""
 
 import functools
 import itertools

@@ -1,7 +1,7 @@
-"""The config: names of its types, the check of every key before any work, and `build`.
+"""The config: its types, the check of every key before any work, and `build`.
 
-Nothing here imports torch: `--help`, `--cfg job` and a config error answer at once. A config node holds the
-keyword arguments of the callable it names in `_target_`, so that callable's signature *is* the schema. It is
+Nothing here imports torch, so `--help`, `--cfg job` and config errors are fast. A config node holds the keyword
+arguments of the callable that it names in `_target_`, so the callable's signature *is* the schema. The signature is
 read from the source text, without importing the module.
 """
 
@@ -24,11 +24,11 @@ from r2.hints import unknown_key
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line and without a traceback."""
+    """A user's mistake, reported in one line without a traceback."""
 
 
 class Diverged(UserError):
-    """A training whose loss or weights are not finite any more: a result of the run, and counted as one at chance."""
+    """A training with a non-finite loss or weights: a result of the run, counted at chance accuracy."""
 
 
 def last_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What a person sees: one bar per phase, plain lines where there is no terminal, a closing table."""
+"""Terminal output: one progress bar per phase, plain lines without a terminal, a summary table at the end."""
 
 import sys
 import time

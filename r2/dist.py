@@ -1,4 +1,4 @@
-"""torch.distributed: who takes part, on which device, and how a tensor or an object gets from one to another."""
+"""torch.distributed: processes, their devices, and communication of tensors and objects."""
 
 import contextlib
 import functools
@@ -77,10 +77,11 @@ class World:
 def _lay_buckets(net: DistributedDataParallel) -> None:
     """Let `net` lay out its buckets now; every gradient is 0 afterwards.
 
-    It does so once, by the order in which the gradients of its first backward arrive, and where a gradient lies decides
-    in which order a ring of more than two ranks sums it. A process that goes on from a checkpoint would sum its first
-    step otherwise than one that was never stopped. So the first backward is this one, which does not run the model: the
-    gradients arrive from the last parameter to the first, about as in training, and communication still overlaps.
+    DDP does so once, by the order in which the gradients of its first backward arrive. The position of a gradient sets
+    the order in which a ring of more than two ranks sums it, so a process that resumes from a checkpoint would sum its
+    first step in another order than one that was never stopped. Therefore the first backward is this one, which does
+    not run the model: gradients arrive from the last parameter to the first, about as in training, and communication
+    still overlaps.
     """
     parameters = [p for p in net.module.parameters() if p.requires_grad]
     zero = torch.zeros((), device=parameters[0].device)  # an argument, which DDP wants on a GPU
@@ -293,15 +294,15 @@ def _join(function: Callable, config: dict) -> Any:
 
 
 def _first_to_tell() -> bool:
-    """A mistake is mostly every rank's, and told once."""
+    """A mistake is mostly the same on every rank, and reported once."""
     try:
         return td.distributed_c10d._get_default_store().add("r2/told", 1) == 1
     except RuntimeError:
-        return False  # who kept the store has told it and left
+        return False  # the rank that held the store has reported it and left
 
 
 def _name_the_hung(world: World, seconds: float, error: RuntimeError) -> None:
-    """After a collective call of gloo that no rank comes out of: those that waited in it say so, the others are told.
+    """After a gloo collective that no rank returns from: the ranks that waited report it and name the others.
 
     NCCL ends the processes that waited by itself, with a message of its own.
     """

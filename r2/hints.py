@@ -1,4 +1,4 @@
-"""What was meant by a key or an option that there is not: a name is a hint only if it is near. Imports no torch."""
+"""Suggestions for unknown keys and options: only names close to the given one. Does not import torch."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ def unknown_key(key: str, options: list[str], target: str | None = None) -> str:
 
 
 def unknown_option(group: str, wanted: str, options: list[str]) -> str:
-    """The line for an option that a group has not; an option also goes by the name of what it calls."""
+    """The line for an option that a group does not have; an option also has the name of what it calls."""
     words = _by_itself(options)
     called = [(node["_target_"].rpartition(".")[2], option) for option, node in _options(group).items()]
     names = [name for name, _ in called]
@@ -82,7 +82,7 @@ def _did_you_mean(names: list[str]) -> str:
 
 
 def _of_another(group: str, name: str) -> str:
-    """Who has a key that the option in use has not: another option of the group, or another group."""
+    """Where a key exists that the current option lacks: another option of the group, or another group."""
     have = _keys(group)
     for near in [name] if name in have else nearest(name, _by_itself(have))[:1]:
         said = "it" if near == name else f"did you mean '{group}.{near}'? It"

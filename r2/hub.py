@@ -1,6 +1,6 @@
-"""Where networks and files come from that r2 does not make: timm, torchvision, the Hugging Face hub, the user.
+"""Sources of networks and files: timm, torchvision, the Hugging Face hub, the user.
 
-Imports no torch.
+Does not import torch.
 """
 
 import functools
@@ -55,15 +55,15 @@ def _names(library: str) -> list[str]:
 
 
 def settle(given: dict, model: dict) -> dict | None:
-    """What `model.weights` names, settled once so that everything after speaks of the same content; None of null.
+    """Resolve `model.weights` once, so that all later code uses the same content; None for null.
 
     Args:
         given: the keys of r2.config.Weights.
         model: the model's other keys.
 
     Returns:
-        source: as the user says it. file: its path, None of torchvision's. sha256: of the content, of torchvision's its
-        start. trained: whether pretraining goes on from it. new_head: whether its last layer is left out.
+        source: as the user gave it. file: its path, None for torchvision's. sha256: of the content, for torchvision's
+        its beginning. trained: whether the weights are trained further. new_head: whether its last layer is left out.
 
     Raises:
         UserError: there is no such file.
@@ -107,10 +107,10 @@ def torchvision_file(model: dict) -> str:
 
 
 def _of_timm(name: str, trained: bool) -> Path:
-    """The file of timm's pretrained weights of a network, which lie on the hub.
+    """The file of timm's pretrained weights of a network, from the hub.
 
     Args:
-        trained: whether training goes on from them; else they have to fit r2's images as they are.
+        trained: whether they are trained further; otherwise they must match r2's image normalisation.
     """
     from timm import get_pretrained_cfg
 

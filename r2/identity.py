@@ -1,4 +1,4 @@
-"""What names a run and its pretraining: the axes of its table, its key, and the two directories."""
+"""The identity of a run and its pretraining: the axes of its table, its key, and the two directories."""
 
 import hashlib
 import json

@@ -1,7 +1,7 @@
-"""`fused`: one compiled kernel for an elementwise function, and plain PyTorch where nothing can compile it.
+"""`fused`: compiles an elementwise function to one kernel, or runs it in plain PyTorch if it cannot be compiled.
 
-The functions it wraps take flat tensors and run at memory speed once fused; written out in eager PyTorch each of
-their operations reads and writes the whole tensor. TORCH_COMPILE_DISABLE=1 (PyTorch's own switch) turns it off.
+The wrapped functions take flat tensors and run at memory speed once fused; in eager PyTorch each of their operations
+reads and writes the whole tensor. TORCH_COMPILE_DISABLE=1 (PyTorch's own switch) turns fusion off.
 """
 
 import logging

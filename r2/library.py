@@ -1,4 +1,4 @@
-"""r2 in a loop of one's own: `r2.compress` swaps a model's layers in place and calibrates them."""
+"""r2 in your own training loop: `r2.compress` replaces a model's layers in place and calibrates them."""
 
 import inspect
 from collections.abc import Mapping
@@ -150,7 +150,7 @@ def _restore(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _left_out(model: nn.Module, method: str) -> dict[str, str]:
-    """Layers that cannot be compressed, and parameters with more than one dimension that are no layer's."""
+    """Layers that cannot be compressed, and parameters with more than one dimension that belong to no layer."""
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
     found = {}
     for name, module in model.named_modules():

@@ -1,7 +1,7 @@
 """MobileBERT (Sun et al. 2020) on pairs of sentences: transformers' network, pretrained weights and vocabulary.
 
 python -m r2.run model=mobilebert data=qnli reg=linf stage=dkm stage.bits=1
-python -m r2.run model=mobilebert data=qnli model.source=DIR       # what save_pretrained wrote, model and tokenizer
+python -m r2.run model=mobilebert data=qnli model.source=DIR       # model and tokenizer from save_pretrained
 """
 
 import json

@@ -1,9 +1,9 @@
 """ResNet-18, MobileNet-V1 and MobileNet-V2 (paper section 4), each with `width_mult`.
 
-ResNet-18 and MobileNet-V2 are torchvision's, with its parameter names; additions, pooling and every use of ReLU are
-modules of their own here, so that a quantizer finds each activation. Strides are ImageNet's at every image size, so
-a small study trains the same network, unless `small_input` asks for the last one to be left out. Widths 0.25, 0.5 and
-1.0 give the parameter counts of the paper's Table 3.
+ResNet-18 and MobileNet-V2 are torchvision's, with its parameter names. Additions, pooling and every use of ReLU are
+separate modules here, so that a quantizer finds each activation. Strides are ImageNet's at every image size, so a small
+study trains the same network; `small_input` omits the last stride. Widths 0.25, 0.5 and 1.0 give the parameter counts
+of the paper's Table 3.
 """
 
 from collections.abc import Callable

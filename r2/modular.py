@@ -1,8 +1,8 @@
-"""A network rewritten so that every operation is a module of its own, where post-training quantization puts quantizers.
+"""Rewrites a network so that every operation is a separate module, as post-training quantization needs it.
 
-Networks of r2 are written that way. In others additions, products, activations and averages are functions, one ReLU
-serves many places, and timm's BatchNorm carries its activation. The rewritten network computes the same in evaluation
-mode, up to float rounding; parameters keep their names, and layers stand in the order in which they run.
+r2's own networks are written that way. In others, additions, products, activations and averages are functions, one ReLU
+is used in several places, and timm's BatchNorm includes its activation. In evaluation mode the rewritten network
+computes the same up to float rounding. Parameters keep their names, and layers are in the order in which they run.
 """
 
 import copy

@@ -1,9 +1,9 @@
-"""The compressed file: bit-packed weight codes, scales or centroids, and the rest in float32, as one safetensors file.
+"""The packed file: bit-packed weight codes, scales or centroids, and the rest in float32, as one safetensors file.
 
-A file holds, per compressed layer, `<layer>.codes` (bits of the codes one after the other, most significant first),
-`<layer>.tail` (what a palette leaves out) and `<layer>.bias`; for every other module with state (BatchNorm, quantizer)
-one vector of its values in state_dict order. The metadata's `r2` is JSON: format, architecture, quantizers, the
-modules that a stage replaced, and a sha256 over all of it.
+For each compressed layer, the file holds `<layer>.codes` (bits of the codes in sequence, most significant first),
+`<layer>.tail` (the weights that a palette leaves out) and `<layer>.bias`. For every other module with state (BatchNorm,
+quantizer) it holds one vector of its values in state_dict order. The metadata key `r2` is JSON: format, architecture,
+quantizers, the modules that a stage replaced, and a sha256 over everything.
 """
 
 import hashlib
@@ -272,7 +272,7 @@ def _name(method: type[Quantizer]) -> str:
 
 
 def _method(name: str) -> type[Quantizer]:
-    """The class of a quantizer: a file may name any that stands inside r2, and imports nothing else."""
+    """The class of a quantizer: a file may name any class inside r2, and imports nothing else."""
     if name in _METHODS:
         return _METHODS[name]
     module, _, own = name.rpartition(".")
@@ -285,7 +285,7 @@ def _method(name: str) -> type[Quantizer]:
 def _build(header: dict[str, Any], model: nn.Module | None) -> nn.Module:
     """The network with everything a stage changed in it, its values not yet set."""
     if model is None:
-        # With values: of buffers that are no state, or no floats, the file has none.
+        # With values: the file has none for buffers that are not state or not floats.
         model = _network(header["architecture"], "cpu")
     model.cpu()
     for kind, names in header["replaced"].items():

@@ -2,12 +2,11 @@
 
 With D the squared Euclidean distances of the vectors W (n, d) to the centroids C (k, d), each iteration is
 
-    A = softmax(-D / temperature) over the centroids,   C' = A^T W / colsum(A),   and at last   W~ = A C'
+    A = softmax(-D / temperature) over the centroids,   C' = A^T W / colsum(A),   and finally   W~ = A C'
 
-The gradient goes through every iteration. The attention A is never stored: each pass over the weights computes it
-again, so memory beyond the weights is that of one small piece. For float32, a pass is a C++ kernel on a CPU
-(passes.cpp, compiled on first use by the compiler behind torch.compile) and a Triton kernel on a GPU (gpu.py);
-elsewhere it is chunked PyTorch.
+The gradient flows through every iteration. The attention A is never stored: each pass over the weights recomputes it,
+so the extra memory is that of one small piece. For float32, a pass is a C++ kernel on a CPU (passes.cpp, compiled on
+first use by torch.compile's C++ compiler) and a Triton kernel on a GPU (gpu.py); otherwise it is chunked PyTorch.
 """
 
 import copy
@@ -167,7 +166,7 @@ def hard(vectors: Tensor, centroids: Tensor) -> Tensor:
 class Palette(Quantizer):
     """The DKM palette of one layer: soft weights while training, the nearest centroid afterwards.
 
-    Centroids start from k-means and go on from the last step's, without gradient. Centroids that coincide would stay
+    Centroids start from k-means, then from those of the last step, without gradient. Centroids that coincide would stay
     together for ever; a training step first moves the repeated ones apart by a hundredth of sqrt(temperature).
     If `dim` does not divide the output channels, the last of them stay as they are; `tail` counts those weights.
 

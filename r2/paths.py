@@ -1,4 +1,4 @@
-"""Where the files stand that r2 reads of its own: in a checkout, or packed into an installed r2."""
+"""Paths of r2's own files: in a checkout, or inside an installed package."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""The pretrained checkpoint of (data, model, regularizer, recipe, seed): loaded if finished, resumed if half done.
+"""The pretrained checkpoint of (data, model, regularizer, recipe, seed): loaded if finished, resumed if interrupted.
 
-With weights of the user's it is those: evaluated as they are, or what training goes on from.
+With the user's own weights, it is those weights, either evaluated unchanged or fine-tuned.
 """
 
 import csv
@@ -98,7 +98,7 @@ def _weights_curve(model: nn.Module, run: Run) -> Callable[[int], None]:
 
 
 def untrained(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, Pretrained]:
-    """The new model, or the user's, for a stage that trains it by the whole recipe; returns what `pretrain` does."""
+    """The new model, or the user's, for a stage that trains it with the whole recipe; returns what `pretrain` does."""
     model = _new(config, data, recipe, world)
     weights = describe(model)
     return model, Pretrained(weights, weights)

@@ -1,4 +1,4 @@
-"""How to optimise: the `recipe` group, its optimizer and its learning-rate schedule."""
+"""Training recipe: the `recipe` group, its optimizer and its learning-rate schedule."""
 
 import math
 from collections.abc import Iterable

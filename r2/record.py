@@ -1,4 +1,4 @@
-"""The record of one run: everything needed to read, compare and repeat it, in one JSON file."""
+"""The record of a run: all data to read, compare and repeat it, in one JSON file."""
 
 import functools
 import hashlib
@@ -21,14 +21,14 @@ _PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scik
 
 
 class Record(TypedDict):
-    """One measured run as it lies in record.json; the keys below are what reports read.
+    """One measured run as stored in record.json; the keys below are those that reports read.
 
     Attributes:
         axes: the row, column and seed that it fills in a table.
         metrics, fp32, initial: top-1 and top-5 in percent, the loss and the number of images; of the compressed model,
             of the pretrained one, and of the one that the stage began to train.
         size: bits per weight and bytes; `file_mib` of the packed file.
-        sqnr_db, details: as `Outcome` has them; `details` also names what is to be noted.
+        sqnr_db, details: as `Outcome` has them; `details` also holds what deserves a note.
         weights: per layer, initial, pretrained and final.
         sha256: of the file of weights that the user gave, of both models' values, and of the packed file.
         overrides: the words of the command line, choices: the option of each group, config: every value.
@@ -65,12 +65,12 @@ class Record(TypedDict):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What is known of the model that a stage starts from.
+    """Facts about the model that a stage starts from.
 
     Attributes:
-        weights, weights_initial: per layer, range, size, deviation and kurtosis, after pretraining and before.
-        metrics, sha256, images_per_second, timing: None of a model that has not been trained.
-        skipped_images: that could not be decoded.
+        weights, weights_initial: per layer, range, size, standard deviation and kurtosis, after pretraining and before.
+        metrics, sha256, images_per_second, timing: None for a model that has not been trained.
+        skipped_images: number of images that could not be decoded.
     """
 
     weights: dict[str, dict[str, float]]
@@ -85,14 +85,14 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage has made of a model, and what its record says of that.
+    """The result of a stage, as far as the record needs it.
 
     Attributes:
         metrics, initial: of the compressed model, and of the one that the stage began to train.
         epochs: of the stage's own training.
         seconds: by phase.
         sqnr_db: per layer, the signal-to-quantization-noise ratio of its output.
-        details: what else the method tells.
+        details: other facts that the method reports.
     """
 
     metrics: dict[str, float]
@@ -195,7 +195,7 @@ def find(folder: Path) -> list[Record]:
 
 
 def path_of(directory: Path) -> Path:
-    """Where a run's record lies: record.json, or diverged.json where its training only ever diverged."""
+    """The path of a run's record: record.json, or diverged.json if every training of it diverged."""
     record, diverged = directory / "record.json", directory / "diverged.json"
     return diverged if diverged.exists() and not record.exists() else record
 
@@ -244,7 +244,7 @@ def of_diverged(
     data: Any,
     world: Any,
 ) -> Record:
-    """The record of a run whose training diverged: its accuracy is chance, the reason a detail.
+    """The record of a run whose training diverged: its accuracy is chance, the reason is in details.
 
     Args:
         pretrained: None where pretraining itself diverged.
@@ -324,7 +324,7 @@ def make(
 
 
 def _details(outcome: Outcome) -> dict | None:
-    """What the method tells, and the layers whose output is mostly noise: no accuracy should rest on those."""
+    """The method's details, and the layers whose output is mostly noise: no accuracy should depend on those."""
     lost = [name for name, ratio in (outcome.sqnr_db or {}).items() if not ratio >= 1.0]
     return {**(outcome.details or {}), "below_1_db": lost} if lost else outcome.details
 

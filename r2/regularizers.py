@@ -1,4 +1,4 @@
-"""Range regularization (paper section 3, Eq. 1-3), KURE and L2, over every layer: convolution, linear, embedding.
+"""Range regularization (the paper's section 3, Eq. 1-3), KURE and L2, for convolution, linear and embedding layers.
 
 Use them in any loop:
 
@@ -6,12 +6,12 @@ Use them in any loop:
     optimizer = SGD([{"params": model.parameters()}, *reg.param_groups(lr)], lr)
     ...
     loss.backward()
-    reg.add_gradients()                       # the loss's gradient, added in place: no graph, no communication
+    reg.add_gradients()                       # the term's gradient, added in place: no graph, no communication
     optimizer.step()
 
 or differentiate the value: `(loss + reg()).backward()`. Under DistributedDataParallel `add_gradients` comes after
-`backward`, so after the all-reduce: the term is the same on every rank. With a GradScaler it comes after the loss's
-gradients are unscaled, or the term is divided by the scale:
+`backward`, hence after the all-reduce: the term is the same on every rank. With a GradScaler it comes after the loss's
+gradients are unscaled, otherwise the term is divided by the scale:
 
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -20,10 +20,10 @@ gradients are unscaled, or the term is divided by the scale:
     scaler.update()
 
 Weights in float16 or bfloat16 are summed in float32; the gradient is rounded once, when it is added to `.grad`. Float16
-holds nothing below 6e-8, which is more than soft-min-max's pull on a weight of a large layer.
+has no values below 6e-8, which is more than soft-min-max's gradient for a weight of a large layer.
 
-Frozen weights are left out, and so are those that a step has not used: their `.grad` is None. A weight that several
-layers share counts once.
+Frozen weights, and weights that a step has not used (their `.grad` is None), are left out. A weight shared by several
+layers counts once.
 """
 
 import math

@@ -1,20 +1,20 @@
 """Plan, run and render tables and figures of the paper.
 
-python -m r2.reproduce table=2 data=imagenet plan=true          # what it needs, what exists, what the rest will cost
+python -m r2.reproduce table=2 data=imagenet plan=true          # the runs it needs, which exist, what the rest costs
 python -m r2.reproduce table=2,3 data=fashion_mnist seeds=0,1,2 jobs=2
 python -m r2.reproduce all
 
     table=1..7  figure=1,2  all    what to reproduce
-    plan=true                      only say what would be done, and what it costs on the devices of this machine
-    images_per_second=N            with plan=true or check=true: what one GPU was measured to pretrain. The plan is then
-                                   of devices=N GPUs of another machine. N is of each model at its largest width in
-                                   the plan, other widths follow; mbv1-1.0:N,mbv1-0.25:N,... gives networks their own
+    plan=true                      only report what would be run, and its cost on the devices of this machine
+    images_per_second=N            with plan=true or check=true: the measured pretraining speed of one GPU. The plan is
+                                   then for devices=N GPUs of another machine. N is for each model at its largest width
+                                   in the plan, other widths are scaled; mbv1-1.0:N,mbv1-0.25:N,... sets it per network
     check=true                     check each missing run as python -m r2.run does
-    seeds=0,1,2                    repetitions
-    jobs=N                         pretrainings at the same time, each with its share of a CPU's threads
-    records=DIR                    runs whose records lie there are not repeated; the others' records are copied there
+    seeds=0,1,2                    repeat every run with these seeds
+    jobs=N                         concurrent pretrainings, each with its share of a CPU's threads
+    records=DIR                    runs with a record in DIR are not repeated; records of new runs are copied to DIR
 
-Every other key=value goes to each run as in python -m r2.run; key=a,b,c makes or replaces an axis of the table.
+Every other key=value is passed to each run as in python -m r2.run; key=a,b,c makes or replaces an axis of the table.
 """
 
 import math
@@ -176,7 +176,7 @@ def run_all(cells: list, jobs: int, gpus: list[str]) -> dict[str, str]:
                 reasons |= job.reasons()
                 if rest := job.untouched():
                     waiting.insert(0, rest)
-    finally:  # stopped: the runs write a checkpoint, and the same command goes on
+    finally:  # stopped: the runs write a checkpoint, and the same command resumes them
         for job in running:
             job.process.terminate()
         for job in running:
@@ -217,7 +217,7 @@ class _Job:
 
 
 def _run(configs: list[dict], gpus: list[str], ends: Connection) -> None:
-    """A failure is told and ends one run, not the others."""
+    """A failure is reported and ends one run, not the others."""
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # before anything imports torch
     from r2.dist import end_with_parent

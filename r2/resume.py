@@ -1,4 +1,4 @@
-"""What goes on beside the steps of a phase of training: checkpoints and resuming, signals, the check of the loss."""
+"""Checkpoints, resume, signals and the check for non-finite losses in a training phase."""
 
 import contextlib
 import math
@@ -54,14 +54,14 @@ class Sums:
 
 
 def mend(keys: str) -> str:
-    """What to do about a training that diverges, by the group whose keys are in force."""
+    """Advice for a diverging training, by the group whose keys apply."""
     return f"Lower {keys}.lr, or set a smaller {keys}.clip_norm; the last checkpoint is kept"
 
 
 def check_weights(state: dict[str, Tensor], phase: str, keys: str) -> None:
     """
     Raises:
-        Diverged: a weight or a buffer is not finite, and a run could not go on from it.
+        Diverged: a weight or a buffer is not finite, so a run could not resume from it.
     """
     for name, value in state.items():
         if not torch.isfinite(value).all():

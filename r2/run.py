@@ -2,7 +2,7 @@
 
 python -m r2.run model=mbv2 reg=margin stage=ewgs
 python -m r2.run -m reg=l2,kure,linf,margin stage=ewgs
-python -m r2.run model=mbv2 reg=margin stage=ewgs check=true    # whether it would start, and what it will do
+python -m r2.run model=mbv2 reg=margin stage=ewgs check=true    # report whether it would start, and what it will do
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Run directories: one writer at a time, atomic writes, checkpoints that are checked when read."""
+"""Run directories: one writer at a time, atomic writes, checkpoints that are verified when read."""
 
 import contextlib
 import csv
@@ -173,7 +173,7 @@ def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
     try:
         if world.main:
             remove(*directory.glob(".*.part"))  # of a run that was killed
-            with contextlib.suppress(OSError):  # a full disk is told when something is lost by it
+            with contextlib.suppress(OSError):  # a full disk is reported when something is lost by it
                 _owner_file(directory).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
@@ -262,7 +262,7 @@ class Run:
             write(self.directory / f"curve-{phase}.csv", text.getvalue().encode())
 
     def finish(self, model: nn.Module, found: Mapping[str, Any]) -> None:
-        """Write the final weights and then the record, whose presence says that the run is finished."""
+        """Write the final weights and then the record, whose presence marks the run as finished."""
         if self.world.main:
             save(self.directory / "model.pt", {"format": "r2", "key": self.key, "model": model.state_dict()})
             write_json(self.directory / "record.json", found)

@@ -1,4 +1,4 @@
-"""Where the time and the memory of training go, told by clock reads alone: nothing here waits for the device."""
+"""Time and memory of training, measured by clock reads alone: nothing here waits for the device."""
 
 import resource
 import statistics
@@ -30,7 +30,7 @@ class Timing:
     memory_mib: float = 0.0
 
     def begin(self) -> None:
-        """The clock starts: before the first step, and again after whatever is no part of a step."""
+        """Start the clock: before the first step, and again after work that is not part of a step."""
         self._since, self._count, self._waiting = time.perf_counter(), 0, 0.0
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:

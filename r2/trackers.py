@@ -1,4 +1,4 @@
-"""Where curves go besides curve.csv. A tracker has `log(row)` and `close()`, and can neither end nor hold up a run."""
+"""Trackers of curves besides curve.csv. A tracker has `log(row)` and `close()`; it can neither end nor block a run."""
 
 import os
 import threading
@@ -70,7 +70,7 @@ def wandb(
     entity: str | None = None,
     init_timeout_seconds: Positive = 10.0,
 ) -> Tracker:
-    """Weights & Biases; without a network it goes on offline (upload later with `wandb sync`)."""
+    """Weights & Biases; without a network it continues offline (upload later with `wandb sync`)."""
 
     def start() -> tuple[Callable, Callable]:
         import wandb as wb

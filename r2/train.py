@@ -1,4 +1,4 @@
-"""The one optimisation loop, and evaluation. Pretraining and every fine-tuning stage call it."""
+"""The training loop and evaluation. Pretraining and every fine-tuning stage use them."""
 
 import contextlib
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def train(
 def choose_convolutions(recipe: Recipe, device: torch.device) -> None:
     """Let cuDNN time its algorithms for each shape, in bf16 and fp16.
 
-    In float32 it keeps to its table, which names the same ones in every process: a run that goes on rounds as before.
+    In float32 it uses its heuristics, which are the same in every process, so a resumed run rounds as before.
     """
     torch.backends.cudnn.benchmark = device.type == "cuda" and recipe.precision != "fp32"
 

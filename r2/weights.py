@@ -1,4 +1,4 @@
-"""A checkpoint of the user's: read without running anything in it, named as the network is, and compared with it."""
+"""A user's checkpoint: read without executing code in it, mapped to the network's names, and compared with it."""
 
 import argparse
 import hashlib

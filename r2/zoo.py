@@ -14,7 +14,7 @@ from r2.hub import check_name
 
 
 def timm(num_classes: Count, name: str, image_size: ImageSize) -> nn.Module:
-    """timm's network; one whose size is fixed as it is built, such as a vision transformer, is built for `image_size`.
+    """timm's network; one with a fixed input size, such as a vision transformer, is built for `image_size`.
 
     Raises:
         UserError: there is no such network, or it does not take such images.

@@ -1,11 +1,11 @@
-"""The passes of passes.py as Triton kernels, for float32 on a GPU; passes.cpp has the same for a CPU.
+"""The passes of passes.py as Triton kernels, for float32 on a GPU; passes.cpp has the CPU versions.
 
-A program takes PIECE vectors of one block, BLOCK of them at a time against all centroids at once, and keeps its sums
-in registers: float32 within a piece, and the caller adds the pieces in float64. There are no atomics, so that every run
-gives the same bits. Tiles are (D, K, BLOCK), vectors last: threads lie along the vectors, and where BLOCK is long
-enough the softmax over K stays within a thread.
+A program processes PIECE vectors of one block, BLOCK of them at a time against all centroids, and keeps its sums in
+registers: float32 within a piece, and the caller adds the pieces in float64. There are no atomics, so every run gives
+the same bits. Tiles are (D, K, BLOCK), vectors last: threads are along the vectors, and if BLOCK is long enough the
+softmax over K stays within a thread.
 
-Importing this module imports Triton, which comes with PyTorch's wheels for CUDA.
+Importing this module imports Triton, which comes with PyTorch's CUDA wheels.
 """
 # mypy: disallow-untyped-defs=False
 

@@ -1,4 +1,4 @@
-"""k-means, from which DKM starts."""
+"""k-means, which initialises DKM."""
 
 import math
 

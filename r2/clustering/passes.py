@@ -1,9 +1,9 @@
-"""The passes over the vectors of one layer that DKM and k-means are made of, as PyTorch and as C++ kernels.
+"""The passes over the vectors of one layer that DKM and k-means consist of, in PyTorch and as C++ kernels.
 
-Those for a GPU are in gpu.py; `passes_over` chooses.
+The GPU kernels are in gpu.py; `passes_over` chooses.
 
-Vectors (b, d, m) lie in blocks: vector i of block b is w[b, :, i]. No pass stores the attention
-A = softmax(-|w - c|^2 / temperature): each computes it again, a piece of the vectors at a time.
+Vectors (b, d, m) are stored in blocks: vector i of block b is w[b, :, i]. No pass stores the attention
+A = softmax(-|w - c|^2 / temperature): each recomputes it, a piece of the vectors at a time.
 """
 
 import functools
@@ -268,7 +268,7 @@ class Grid(Native):
 
 @functools.cache
 def _triton() -> "type[Passes] | None":
-    """The passes of a GPU; None, and a warning, where there is no Triton to compile them."""
+    """The GPU passes; None, with a warning, if there is no Triton to compile them."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return None
     try:

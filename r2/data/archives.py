@@ -1,4 +1,4 @@
-"""Where ImageNet's images lie before scripts/prepare_imagenet.py makes shards of them: in folders or official tars."""
+"""Sources of scripts/prepare_imagenet.py: ImageNet as image folders or as the official tars."""
 
 import io
 import os

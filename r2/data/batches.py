@@ -1,7 +1,7 @@
-"""What a run needs of any data set: train, val and calibration batches, on the device as the model takes them.
+"""The interface of a data set: train, validation and calibration batches, on the device and ready for the model.
 
-Order and augmentation are pure functions of (seed, epoch, position), so a run can stop at any step and go on, with
-any number of workers, and N processes see the same global batches as one.
+Order and augmentation are pure functions of (seed, epoch, position). So a run can stop and resume at any step, with any
+number of workers, and N processes see the same global batches as one.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class Data:
     def fingerprint(self) -> str:
         """The examples of both splits in their order, as counts and eight hex digits.
 
-        A run that goes on compares it; of images in files it knows names and labels, not the pixels.
+        A resumed run compares it. For images in files it covers names and labels, not pixels.
         """
         total = hashlib.sha256()
         for array in self._contents():

@@ -1,7 +1,7 @@
-"""Training images of the shards decoded by NVIDIA DALI, on the GPU where there is one (pip install '.[dali]').
+"""Training images of the shards decoded by NVIDIA DALI, on the GPU if there is one (pip install '.[dali]').
 
-The order, crops and flips are those of `imagenet_shards`; the pixels differ by rounding, for it is another decoder
-and another resize. Validation and calibration images take the way of `imagenet_shards` and are the same.
+Order, crops and flips are those of `imagenet_shards`; pixels differ by rounding, because decoder and resize differ.
+Validation and calibration images are read by `imagenet_shards` and are identical.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What is known of every data set without reading it: counts, classes, image size. A plan and a table need no data."""
+"""Facts of every data set that need no data: counts, classes, image size. Plans and tables use them."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -7,7 +7,7 @@ from r2.config import ImageSize
 
 @dataclass(frozen=True)
 class Facts:
-    """Of a data set as its option in configs/data has it; None where only the data tell, or where there are no images.
+    """Facts of a data set from its option in configs/data; None if only the data have it, or if there are no images.
 
     The names are those of the keys that change them, and of `r2.data.batches.Data`.
     """

@@ -1,4 +1,4 @@
-"""Image folders, root/{train,val}/<class>/<image>: ImageNet, Imagenette and your own, or these in CSV."""
+"""Image folders, root/{train,val}/<class>/<image>: ImageNet, Imagenette, your own; or listed in CSV files."""
 
 import csv
 import os
@@ -29,7 +29,7 @@ class Visible(ImageFolder):
 
 
 def class_folders(split: Path) -> list[str]:
-    """The names of the folders that are classes, in the order of their labels; none where there is no such split."""
+    """The names of the folders that are classes, in the order of their labels; none if there is no such split."""
     return sorted(p.name for p in split.iterdir() if p.is_dir() and p.name[0] != ".") if split.is_dir() else []
 
 

@@ -1,7 +1,7 @@
-"""Sets of encoded images: decoded and augmented in worker processes, normalised on the device.
+"""Data sets of encoded images: decoded and augmented in worker processes, normalised on the device.
 
-A worker writes pixels as uint8 into memory that it shares with the main process, `PIECE` images at a time; only the
-number of the place and the labels go through a queue. So a batch is copied once, and all workers serve it together.
+A worker writes uint8 pixels into memory shared with the main process, `PIECE` images at a time. Only the slot number
+and the labels go through a queue. So a batch is copied once, and all workers fill it together.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Source(Protocol):
 
     Attributes:
         labels: (n,) int64.
-        names: (n,) bytes, unique within a split, wherever it lies.
+        names: (n,) bytes, unique within a split, independent of its folder.
     """
 
     labels: np.ndarray

@@ -1,13 +1,13 @@
 """ImageNet as shards: tar files of images at the size that the crops need, from scripts/prepare_imagenet.py.
 
 A shard is a plain tar in WebDataset's layout, <number>.<jpg or webp> beside <number>.cls. Its index, an .npz of the
-same name, says where each image begins. So every image is one read away, and the order of an epoch is that of the
-image folder that the shards were made from, resumable at any step.
+same name, holds the offset of each image. So every image needs one read, and the order of an epoch is that of the image
+folder from which the shards were made, resumable at any step.
 
-Training images have a shorter side of `stored_size` at most and are JPEG. Their crops follow the folder's distribution:
-area, shape and flip are the same draws, the place is another one, since torchvision draws it in whole pixels.
-Validation images have exactly that side and are lossless: with image_size = 7/8 stored_size they give the very pixels
-of the image folder.
+Training images are JPEG with a shorter side of at most `stored_size`. Their crops follow the folder's distribution:
+area, aspect ratio and flip are the same draws; the position is another draw, since torchvision draws it in whole
+pixels. Validation images have exactly that shorter side and are lossless: with image_size = 7/8 stored_size they give
+exactly the pixels of the image folder.
 """
 
 import json

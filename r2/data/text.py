@@ -1,4 +1,4 @@
-"""Pairs of sentences: GLUE's QNLI, from the hub or from local files in one of its formats."""
+"""Pairs of sentences: GLUE's QNLI, from the hub or from local files in one of GLUE's formats."""
 
 import csv
 from collections.abc import Iterator

@@ -1,11 +1,11 @@
-"""A compressed model as a file that other programs run, and the check of that file against the model.
+"""Export: writes a compressed model as a file for other programs, and checks that file against the model.
 
-TARGETS names the kinds of file. Each is a module with
+TARGETS names the file types. Each is a module with
 
-    write(model, path, inputs)      the file; `inputs` are two or more examples of the size that the network is to take
-    predict(path)                   a function of inputs to logits, or None where nothing on this system runs the file
+    write(model, path, inputs)      writes the file; `inputs` are at least two examples of the network's input size
+    predict(path)                   a function from inputs to logits, or None if nothing on this system runs the file
 
-whose packages are an extra. The command is `python -m r2.export` (r2.export.__main__).
+Its packages are an extra of r2. The command is `python -m r2.export` (r2.export.__main__).
 """
 
 import importlib

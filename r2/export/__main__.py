@@ -1,9 +1,9 @@
-"""A run's packed model as a file for other programs, checked on the run's own data.
+"""Export a run's packed model for other programs, and check it on the run's data.
 
 python -m r2.export outputs/<run>                    # ONNX, to <run>/model.onnx
-python -m r2.export outputs/<run> --to pt2           # a program of torch.export, to <run>/model.pt2
-python -m r2.export outputs/<run> --to coreml        # for Core ML, to <run>/model.mlpackage
-python -m r2.export outputs/<run> data.root=DIR      # where the data lie elsewhere than they did for the run
+python -m r2.export outputs/<run> --to pt2           # a torch.export program, to <run>/model.pt2
+python -m r2.export outputs/<run> --to coreml        # Core ML, to <run>/model.mlpackage
+python -m r2.export outputs/<run> data.root=DIR      # if the data are at another path than for the run
 python -m r2.export model.safetensors                # a packed file alone, to model.onnx beside it, unchecked
 """
 

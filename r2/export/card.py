@@ -1,7 +1,7 @@
-"""The model card beside an export: README.md as the Hugging Face hub reads it, and model_card.json behind it.
+"""The model card beside an export: README.md in the Hugging Face hub's format, generated from model_card.json.
 
-The README is made from the JSON, which gathers every file of the run that was exported into its folder. The license
-is `unknown` until somebody fills it in there. A README that anybody has changed, or that was there before, stays.
+The JSON lists every file of the run that was exported into its folder. The license is `unknown` until it is filled in
+there. A README that was edited, or that existed before, is not overwritten.
 """
 
 import hashlib
@@ -138,7 +138,7 @@ def _facts(found: Record) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What stands in a folder's model_card.json; {} where there is none.
+    """The content of a folder's model_card.json; {} if there is none.
 
     Raises:
         UserError: it is none of r2's.

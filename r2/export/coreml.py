@@ -1,12 +1,12 @@
-"""Core ML: an .mlpackage of iOS 18 and macOS 15 whose weights stay codes of few bits, which Core ML decodes.
+"""Core ML: an .mlpackage for iOS 18 and macOS 15 whose weights stay low-bit codes, which Core ML decodes.
 
 A palette is a table and its indices (constexpr_lut_to_dense). Integers are linear (constexpr_blockwise_shift_scale),
 for which Core ML has 4 and 8 bits, or a table of levels with indices of 1, 2, 3 or 6 bits where that is smaller. An
-activation is clip (where its levels are not all of its integer type), quantize and dequantize. Everything else is
-float16, Core ML's default and the Neural Engine's only type.
+activation is quantize and dequantize, after a clip if it does not use all levels of its integer type. Everything else
+is float16, Core ML's default and the Neural Engine's only type.
 
-The batch is 1, for the Neural Engine runs fixed sizes only; Core ML itself predicts lists of images. Files are written
-on every system, predictions need macOS.
+The batch size is 1, because the Neural Engine runs only fixed sizes; Core ML itself predicts lists of images. Files can
+be written on every system; predictions need macOS.
 """
 
 import contextlib

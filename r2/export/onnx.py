@@ -1,9 +1,9 @@
-"""ONNX: integer weights and activations behind QuantizeLinear and DequantizeLinear, palettes behind Gather.
+"""ONNX: integer weights and activations with QuantizeLinear and DequantizeLinear, palettes with Gather.
 
-Integer weights are initializers of 4, 8 or 16 bits. A palette is codes, integers of 4 or 8 bits, and a table of
-centroids; one 4-bit integer holds two codes of 2 bits or four of 1 bit and picks a row of two or four centroids. An
-activation is Clip (where its levels are not all of its integer type), QuantizeLinear and DequantizeLinear. Biases stay
-float.
+Integer weights are initializers of 4, 8 or 16 bits. A palette is codes, stored as 4- or 8-bit integers, and a table of
+centroids; one 4-bit integer holds two 2-bit codes or four 1-bit codes and selects a row of two or four centroids. An
+activation is QuantizeLinear and DequantizeLinear, after a Clip if it does not use all levels of its integer type.
+Biases stay float.
 """
 
 import copy

@@ -1,9 +1,10 @@
-"""A program of torch.export (.pt2): PyTorch's own operators on bit-packed codes, for any machine with PyTorch.
+"""A torch.export program (.pt2): PyTorch's own operators on bit-packed codes, for any machine with PyTorch.
 
     import torch
     logits = torch.export.load("model.pt2").module()(images)
 
-Every weight is its codes, as many to a byte as fit, and what the method decodes them with; it is decoded in each call.
+Every weight is stored as codes, as many per byte as fit, with the method's parameters for decoding. It is decoded in
+each call.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""A model as a program of torch.export, with any batch size and, for tokens, any length."""
+"""Trace a model to a torch.export program with dynamic batch size and, for tokens, dynamic length."""
 
 import warnings
 
@@ -17,7 +17,7 @@ def named(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def axes(inputs: Inputs) -> dict:
-    """The axes whose sizes stay open, by number, for the one input or for each by its name."""
+    """The dynamic axes, by number, for the one input or for each input by its name."""
     return {0: "batch"} if isinstance(inputs, Tensor) else {name: {0: "batch", 1: "length"} for name in inputs}
 
 

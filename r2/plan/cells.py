@@ -1,7 +1,7 @@
 """Which runs a table or figure needs, which of them exist, and which pretrainings they share.
 
-An experiment of configs/experiment is a grid of overrides; every cell of it is composed exactly as the command line
-composes one run, so a planned run and a typed one have the same directory.
+An experiment in configs/experiment is a grid of overrides. Every cell is composed exactly like a run from the command
+line, so both have the same directory.
 """
 
 import itertools
@@ -38,10 +38,10 @@ class Cell:
         return self.run.directory
 
     def finished(self, records: Path | None) -> bool:
-        """Whether its record lies in its own directory, or in the folder `records`; one of a diverged training too.
+        """Whether its record is in its own directory or in the folder `records`; one of a diverged training counts.
 
         Raises:
-            UserError: what lies there is not its record, or was altered.
+            UserError: the file there is not its record, or was altered.
         """
         places = [record.path_of(self.directory), *([records / f"{self.name}.json"] if records else [])]
         return any(record.read(path, self.name) for path in places if path.exists())

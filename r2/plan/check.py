@@ -1,4 +1,4 @@
-"""check=true: what a run will do and whether it would start, found out without training and without writing anything.
+"""check=true: reports what a run will do and whether it would start, without training or writing anything.
 
 python -m r2.run data=imagenet model=rn18 devices=8 check=true
 python -m r2.run data=imagenet model=rn18 devices=8 check=true images_per_second=2500    # on a login node or a laptop

@@ -1,4 +1,4 @@
-"""What runs will cost: the plan line by line, and the speeds that it is reckoned by."""
+"""The cost of runs: the plan line by line, and the speeds that it assumes."""
 
 import os
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""How long runs take: by what records tell, by the speeds that the user has measured, or by a short measurement."""
+"""How long runs take: from records, from speeds that the user has measured, or from a short measurement."""
 
 import json
 from collections import defaultdict
@@ -28,7 +28,7 @@ class Rate(NamedTuple):
 
 
 class Given:
-    """Images/s that the user has measured one GPU to train, for every network of a plan.
+    """Images/s of one GPU, as measured by the user, for every network of a plan.
 
     A speed is of one network, named as in the runs' names (mbv1-0.25). Under no name it is of each model of the plan
     as that keeps most memory for its backward, which is at its largest width; of images, if there are also texts.

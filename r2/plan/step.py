@@ -1,4 +1,4 @@
-"""One training step of a config: its speed on this machine, and the memory it takes on any."""
+"""One training step of a config: its speed on this machine, and its memory on any machine."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Affine quantization on a fixed grid, as post-training methods leave it: q = clip(round(x / scale) + zero, 0, n)."""
+"""Affine quantization on a fixed grid, the result of post-training methods: q = clip(round(x / scale) + zero, 0, n)."""
 
 from typing import Any
 

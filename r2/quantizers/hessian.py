@@ -3,7 +3,8 @@
     delta = max(0, mean over batches of (Tr(H_q) / N) / (3 std(dL/dq)))
 
 with H_q the Hessian of the loss by a layer's discrete weights or inputs q (N of them). One Rademacher probe serves
-all layers at once; the official code probes each layer by itself, at as many times the cost. Both are unbiased.
+all layers at once; the official code probes each layer separately, at a cost proportional to the number of layers.
+Both are unbiased.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""Compressed layers: a convolution, linear layer or embedding of the trained model, computing through its quantizer.
+"""Compressed layers: a convolution, linear layer or embedding of the trained model that computes with its quantizer.
 
-A method is one `Quantizer`; the layers, the calibration and the training are shared. Layers are changed in place:
-the parameters and their names stay what they were.
+A method is one `Quantizer`; layers, calibration and training are shared. Layers are changed in place; parameters and
+their names do not change.
 """
 
 from collections import defaultdict

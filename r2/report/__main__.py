@@ -1,11 +1,11 @@
-"""Everything that is generated from records: tables, figures, claims, the README's block and one HTML page.
+"""Generates the report from records: tables, figures, claims, the README's results block and one HTML page.
 
 python -m r2.report             # results/ of this repository
 python -m r2.report outputs     # any folder of runs
 
-Writes <folder>/<data>/tables.{md,csv,tex} and figures/, <folder>/claims.md and <folder>/report.html; of results/, the
-README's block too, which no other folder touches. What stands in
-<folder>/<data>/notes.md is written by hand and shown on the page.
+Writes <folder>/<data>/tables.{md,csv,tex} and figures/, <folder>/claims.md and <folder>/report.html; for results/, also
+the README's block, which is not changed for any other folder. <folder>/<data>/notes.md is written by hand and shown on
+the page.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Drawings of records: accuracy against bits, and against size on disk.
+"""Plots of records: accuracy against bits, and against size on disk.
 
-The rows that a drawing shows come from one function, so that their digest is the drawing's. A drawing returns a
-matplotlib figure and one sentence that says what it shows.
+One function returns the rows of a plot, so that their digest identifies the plot. A plot function returns a matplotlib
+figure and a one-sentence caption.
 """
 
 from collections import Counter, defaultdict

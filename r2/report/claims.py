@@ -2,7 +2,7 @@
 
 A comparison is a sum of terms: the regularizers of a term are averaged, and so are its columns. Seeds are replicates,
 not blocks, so regularizers are compared as independent samples within a model (`r2.report.statistics`), and models
-are averaged. What one pretraining gives to several columns stays together: a seed counts with the sum of its columns.
+are averaged. Columns that share one pretraining are not independent: a seed counts with the sum of its columns.
 """
 
 import math
@@ -24,7 +24,7 @@ class Term(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """`low` and `high`: the claim holds where the comparison lies between them; `models`: how their names begin."""
+    """`low` and `high`: the claim holds if the comparison is between them; `models`: how their names begin."""
 
     text: str
     source: str
@@ -158,7 +158,7 @@ def samples(claim: Claim, cells: Cells) -> dict[str, list[Sample]]:
 
 
 def judge(claim: Claim, cells: Cells) -> Finding | None:
-    """The claim by itself over measured cells, or None where they do not hold the comparison."""
+    """The claim alone over measured cells, or None if they do not contain the comparison."""
     found = _compared(claim, cells, 1)
     return found and _decided(claim, found)
 

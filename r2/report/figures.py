@@ -1,4 +1,4 @@
-"""Figures of records and of trained weights, as SVG and PNG; each file carries the sha256 of what it shows.
+"""Figures of records and of trained weights, as SVG and PNG; each file contains the sha256 of its data.
 
     from r2.report import figures
     figures.collect(Path("outputs/pretrained"), Path("results/weights"), records)

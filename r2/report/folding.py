@@ -1,8 +1,8 @@
-"""What BatchNorm folding does to a layer's range, and what that does to rounding its weights to a per-tensor grid.
+"""How BatchNorm folding changes a layer's range, and the effect on rounding its weights to a per-tensor grid.
 
 Folding multiplies each output channel by gamma / sqrt(variance + eps). A channel whose input is always zero has no
 variance, so its scale is gamma / sqrt(eps), hundreds of times the others', whatever a regularizer did to the weights.
-Runs with stage.fold_constant, which sets such a channel to its constant, are no part of this.
+Runs with stage.fold_constant, which sets such a channel to its constant, are excluded.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""What scripts/bench/gpu.py has measured on a GPU, as the table of docs/results.md."""
+"""The GPU measurements of scripts/bench/gpu.py as the table in docs/results.md."""
 
 import json
 from collections.abc import Iterator

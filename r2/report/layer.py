@@ -1,4 +1,4 @@
-"""The picture that a run leaves: the weights of one layer of its pretrained model; of a sweep, one per regularizer."""
+"""The plot of a run: the weights of one layer of its pretrained model; for a sweep, one plot per regularizer."""
 
 from pathlib import Path
 

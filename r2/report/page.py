@@ -1,4 +1,4 @@
-"""What is generated from records: tables, figures, claims, the README's block and one HTML page."""
+"""The report from records: tables, figures, claims, the README's results block and one HTML page."""
 
 import html
 import re
@@ -25,7 +25,7 @@ def write(folder: Path, pretrained: Path | None = None) -> list[Path]:
 
     Args:
         pretrained: where pretrained models lie, for the figures of weights; their weights are copied to
-            <folder>/<data>/weights, and without it what lies there already is used.
+            <folder>/<data>/weights, and without it the files already there are used.
 
     Raises:
         UserError: there is no record, or a file is not one.

@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
         return self.mean - half, self.mean + half
 
     def p_value(self, bound: float) -> float:
-        """Two-sided, of the hypothesis that the contrast is `bound`; 1 where there is no standard error."""
+        """Two-sided, for the hypothesis that the contrast is `bound`; 1 if there is no standard error."""
         distance = abs(self.mean - bound)
         if self.error is None or distance == 0 or math.isinf(bound):
             return 0.0 if math.isinf(bound) and self.error is not None else 1.0

@@ -1,4 +1,4 @@
-"""How every figure looks: one colour, label and place for each regularizer."""
+"""The style of all figures: one colour, label and position for each regularizer."""
 
 from collections.abc import Iterable
 

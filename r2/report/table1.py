@@ -1,4 +1,4 @@
-"""The paper's Table 1, from files that are written and measured.
+"""The paper's Table 1, from the sizes of files that it writes.
 
 python -m r2.report.table1
 python -m r2.report.table1 --out results/table1.md

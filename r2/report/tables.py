@@ -1,7 +1,7 @@
-"""Records to the paper's tables, in Markdown, CSV and LaTeX.
+"""The paper's tables from records, in Markdown, CSV and LaTeX.
 
-A paper's value stands in a cell only beside a run of the paper's own protocol (all of its data, nothing changed).
-Under any smaller study the paper's table is printed apart, with its own title.
+A cell shows the paper's value only beside a run with the paper's protocol (all of its data, nothing changed). For any
+smaller study the paper's table is printed separately, with its own title.
 """
 
 import csv

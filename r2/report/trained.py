@@ -1,4 +1,4 @@
-"""What the figures show of a pretraining: the weights of some layers, and the curve of all, in two small files."""
+"""Data of a pretraining for the figures, in two small files: the weights of some layers, and the curve of all."""
 
 import csv
 import hashlib
@@ -100,7 +100,7 @@ def _lowest_seed(items: list[tuple[dict, dict, Path]]) -> list[tuple[dict, dict,
 
 
 def _default(reg: str) -> dict | None:
-    """The values of an option of configs/reg; None of one that is not there."""
+    """The values of an option of configs/reg; None if there is no such option."""
     from omegaconf import OmegaConf
 
     from r2.paths import CONFIGS

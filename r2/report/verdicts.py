@@ -1,4 +1,4 @@
-"""The drawing of the claims: each comparison with its interval, beside the paper's."""
+"""The plot of the claims: each comparison with its interval, beside the paper's."""
 
 import textwrap
 

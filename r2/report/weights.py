@@ -1,6 +1,6 @@
-"""Drawings of trained weights: the paper's Fig. 1 and Fig. 2, and range and kurtosis over pretraining.
+"""Plots of trained weights: the paper's Fig. 1 and Fig. 2, and range and kurtosis over pretraining.
 
-Every function returns a matplotlib figure and one sentence that says what it shows.
+Every function returns a matplotlib figure and a one-sentence caption.
 """
 
 import numpy as np
@@ -67,7 +67,7 @@ def layers(models: list[Trained]) -> tuple[Figure, str]:
     figure = Figure(figsize=(5.2, 0.5 + 1.75 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
     stats = [boxplot_stats(list(trained.weights.values())) for trained in models]
-    # One scale for all panels, and few weights must not flatten every box: what lies beyond is marked at the edge.
+    # One scale for all panels, and few weights must not flatten every box: values beyond it are marked at the edge.
     sizes = [np.abs(w).max() for trained in models for w in trained.weights.values()]
     usual = 1.5 * np.quantile(sizes, 0.9)
     limit = max(sizes) if max(sizes) < 1.5 * usual else usual

@@ -1,7 +1,7 @@
-"""AIMET for post-training quantization: the one file that imports it, and only inside functions.
+"""AIMET for post-training quantization: the only file that imports it, and only inside functions.
 
-AIMET works on a copy of the network. What 2.42 does otherwise than the 1.x of the paper's time is undone here:
-granularity, ranges, ReLU6, the quantizer between a depthwise convolution and its activation.
+AIMET works on a copy of the network. Where 2.42 differs from the 1.x of the paper's time, the 1.x behaviour is restored
+here: granularity, ranges, ReLU6, the quantizer between a depthwise convolution and its activation.
 """
 
 import contextlib

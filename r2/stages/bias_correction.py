@@ -1,7 +1,7 @@
-"""Bias correction of a quantized network (Nagel et al. 2019, section 4.2): its outputs keep their means.
+"""Bias correction of a quantized network (Nagel et al. 2019, section 4.2): keeps the means of layer outputs.
 
-Quantization shifts the mean of a layer's output. The empirical way measures the shift over calibration images, the
-analytic one computes it from the weight error and the mean input, which BatchNorm's beta and gamma give.
+Quantization shifts the mean of a layer's output. The empirical method measures the shift over calibration images. The
+analytic method computes it from the weight error and the mean input, which follows from BatchNorm's beta and gamma.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""BatchNorm channels that do not vary, folded to the constants that they are.
+"""Folds constant BatchNorm channels to their constant.
 
 Folding multiplies the weights of a channel by gamma / sqrt(variance + eps). A channel whose input is always the same
 has no variance, so its factor is gamma / sqrt(eps), hundreds of times the others': on a per-tensor grid such a channel
-alone sets the range, and all others round to zero. Yet its output is one number, which its bias can hold alone.
+alone sets the range, and all others round to zero. Its output is a single number, which the bias alone can represent.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""DKM (Cho et al. 2021): fine-tune through soft clustering of the weights, then assign each to its centroid."""
+"""DKM (Cho et al. 2021): fine-tune with soft clustering of the weights, then assign each weight to its centroid."""
 
 import time
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`stage=fp32`: the pretrained model as it is."""
+"""`stage=fp32`: the pretrained model, uncompressed."""
 
 from dataclasses import dataclass
 

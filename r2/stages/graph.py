@@ -1,4 +1,4 @@
-"""The modules of a network in the order they run and who reads whom; a run of them one by one over many batches."""
+"""The module graph of a network: execution order, inputs of each module, and running it module by module on batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

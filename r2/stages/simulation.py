@@ -1,4 +1,4 @@
-"""AIMET's simulation as r2's own model, and on disk."""
+"""Converts AIMET's simulation to an r2 model, and saves it."""
 
 from typing import Any
 

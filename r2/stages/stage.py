@@ -1,4 +1,4 @@
-"""What an experiment asks of a stage. A stage is a frozen dataclass whose fields are its config keys."""
+"""The interface of a stage: a frozen dataclass whose fields are its config keys."""
 
 from collections.abc import Mapping
 
