@@ -53,7 +53,7 @@ def test_what_its_header_expects_is_the_papers_and_what_is_counted(model, number
     of_paper = {value for (key, column), value in paper(number).items() if key[0] == row and column == FP32}
     assert {float(value) for value in re.findall(r"\d+\.\d+", accuracy)} == of_paper
     kept, weights = step.memory(cell.config, 2048 // 8)
-    assert f"about {kept + weights:.1f} GiB of each of 8 GPUs as check=true counts it, {kept:.1f} of them" in text
+    assert f"about {kept + weights:.1f} GiB on each of 8 GPUs by check=true's estimate; {kept:.1f} of them" in text
     speed, hours, on_eight = re.search(r"At ([\d,]+) images/s.*: (\d+) GPU-hours, ([\d.]+) h on 8\.", text).groups()
     seconds = 300 * FACTS["imagenet"].train_images / float(speed.replace(",", ""))
     assert (hours, on_eight) == (f"{seconds / 3600:.0f}", f"{seconds / 3600 / 8:.1f}")
