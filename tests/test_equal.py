@@ -15,8 +15,10 @@ from r2.train import evaluate
 
 STAGES = ("fp32", "none", "dfq", "adaround", "ewgs", "lsq", "pact", "dkm")
 QAT = ["stage.bits=4", "recipe.finetune.epochs=2"]  # enough to tell digits apart, which a model at chance would not
-WIDE = ["stage.weight_bits=8"]  # at 4 bits per tensor a MobileNet of four epochs ends at chance on some machines
-EXTRA = {stage: QAT for stage in ("ewgs", "lsq", "pact")} | {stage: WIDE for stage in ("none", "dfq", "adaround")}
+# With one 4-bit grid per weight a MobileNet of four epochs ends at chance on some machines. Not 8 bits: onnxruntime then
+# computes the last layer in integers, another arithmetic than the record's.
+FINE = ["stage.granularity=channel"]
+EXTRA = {stage: QAT for stage in ("ewgs", "lsq", "pact")} | {stage: FINE for stage in ("none", "dfq", "adaround")}
 QUICK = [("none", "bf16")]
 ALL = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
 
@@ -48,7 +50,4 @@ def test_a_record_s_accuracy_is_the_file_s_and_onnxruntime_s(out, stage, precisi
         export.to_onnx(model, path, images)
         found = export.check(model, path, data, world)
     assert found["images"] == record["metrics"]["images"]
-    assert found["torch_top1"] == record["metrics"]["top1"]
-    # onnxruntime sums in another order: a value next to the middle of two levels may round to the other one, and the
-    # 8-bit logits of a short training are close to each other
-    assert found["onnx_top1"] == pytest.approx(record["metrics"]["top1"], abs=1.5)
+    assert found["torch_top1"] == found["onnx_top1"] == record["metrics"]["top1"]

@@ -54,7 +54,7 @@ Operation = Callable[[Tensor, Tensor], Tensor]  # of a layer's input and weight,
 class Quantizer(nn.Module):
     """What a method does to one layer; each part is the identity unless the method says otherwise.
 
-    The layer computes `operation(act(x), weight(w), bias)`. A factor that a method puts on the output belongs into
+    The layer computes `operation(act(x), weight(w)) + bias`. A factor that a method puts on the output belongs into
     `weight`: the operation is linear, and a weight has fewer elements to multiply than an output.
 
     `decode(encode(w), w)` equals `weight(w)` of the finished model bit for bit: that is what makes a packed file exact.
@@ -128,36 +128,38 @@ class _Quantized:
     weight: Tensor
     codes: Tensor | None = None
 
-    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's own operation."""
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The bare operation, without bias."""
         raise NotImplementedError
 
-    def compute(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         if self.codes is None:
             weight = self.quantizer.weight(self.weight)
         else:  # torch.matmul takes another path, with other last bits, for a weight that requires a gradient
             weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-        return self.operation(self.quantizer.act(x), weight, bias)
+        return self.operation(self.quantizer.act(x), weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, getattr(self, "bias", None))  # an embedding has none
+        y, bias = self.compute(x), getattr(self, "bias", None)  # an embedding has none
+        # Added afterwards, as onnxruntime does: inside the operation the last bits differ, and values round elsewhere.
+        return y if bias is None else y + bias.view(-1, *[1] * (self.weight.ndim - 2))
 
 
 class _Convolution(_Quantized):
     """A convolution of any number of dimensions through a quantizer."""
 
-    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._conv_forward(x, weight, bias)  # type: ignore[attr-defined]
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, None)  # type: ignore[attr-defined]
 
 
 class _Transposed(_Quantized):
     """A transposed convolution through a quantizer."""
 
-    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
         layer: Any = self
         function = getattr(F, f"conv_transpose{weight.ndim - 2}d")
         sizes = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-        return function(x, weight, bias, *sizes)
+        return function(x, weight, None, *sizes)
 
 
 class QuantizedConv1d(_Convolution, nn.Conv1d): ...
@@ -181,14 +183,14 @@ class QuantizedConvTranspose3d(_Transposed, nn.ConvTranspose3d): ...  # type: ig
 class QuantizedLinear(_Quantized, nn.Linear):
     """A linear layer through a quantizer."""
 
-    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
 
 class QuantizedEmbedding(_Quantized, nn.Embedding):
     """An embedding through a quantizer, which must leave its input, the token numbers, alone."""
 
-    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight, self.padding_idx)
 
 
