@@ -15,8 +15,7 @@ from r2.train import evaluate
 
 STAGES = ("fp32", "none", "dfq", "adaround", "ewgs", "lsq", "pact", "dkm")
 QAT = ["stage.bits=4", "recipe.finetune.epochs=2"]  # enough to tell digits apart, which a model at chance would not
-# With one 4-bit grid per weight a MobileNet of four epochs ends at chance on some machines. Not 8 bits: onnxruntime then
-# computes the last layer in integers, another arithmetic than the record's.
+# With one 4-bit grid per weight a MobileNet of four epochs ends at chance on some machines.
 FINE = ["stage.granularity=channel"]
 EXTRA = {stage: QAT for stage in ("ewgs", "lsq", "pact")} | {stage: FINE for stage in ("none", "dfq", "adaround")}
 QUICK = [("none", "bf16")]
