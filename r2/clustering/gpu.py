@@ -1,4 +1,4 @@
-"""The passes of passes.py as Triton kernels, for float32 on a GPU; passes.cpp has the CPU versions.
+"""The passes of plain.py as Triton kernels, for float32 on a GPU; passes.cpp has the CPU versions.
 
 A program processes PIECE vectors of one block, BLOCK of them at a time against all centroids, and keeps its sums in
 registers: float32 within a piece, and the caller adds the pieces in float64. There are no atomics, so every run gives
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r2.clustering.passes import Passes
+from r2.clustering.plain import Passes
 
 PIECE = 2048  # vectors of one program
 TILE = 4096  # numbers (D, K, BLOCK) at once: 32 registers of each of 128 threads for one such tile
