@@ -18,6 +18,7 @@ QAT = ["stage.bits=4", "recipe.finetune.epochs=2"]  # enough to tell digits apar
 # With one 4-bit grid per weight a MobileNet of four epochs ends at chance on some machines.
 FINE = ["stage.granularity=channel"]
 EXTRA = {stage: QAT for stage in ("ewgs", "lsq", "pact")} | {stage: FINE for stage in ("none", "dfq", "adaround")}
+EXTRA["pact"] = [*QAT, "recipe.epochs=12"]  # it trains from scratch
 QUICK = [("none", "bf16")]
 ALL = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
 
