@@ -183,13 +183,13 @@ def finite(value: Any) -> Any:
 
 
 def find(folder: Path) -> list[Record]:
-    """Every record under `folder`: <run>/record.json of runs, or diverged.json of those that have none, records/*.json
-    of collected ones, or its own *.json.
+    """Every record under `folder`: <run>/record.json of runs, or diverged.json of those that have none, and collected
+    ones: records/*.json or, where there is no such folder, its own *.json.
 
     Raises:
         UserError: a file is not a record.
     """
-    patterns = ("*/record.json", "*/diverged.json", "records/*.json", "*.json")
+    patterns = ("*/record.json", "*/diverged.json", "records/*.json" if (folder / "records").is_dir() else "*.json")
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     return [read(path) for path in sorted(found) if path.name != "diverged.json" or path == path_of(path.parent)]
 

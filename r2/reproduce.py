@@ -12,7 +12,8 @@ python -m r2.reproduce all
     check=true                     check each missing run as python -m r2.run does
     seeds=0,1,2                    repeat every run with these seeds
     jobs=N                         concurrent pretrainings, each with its share of a CPU's threads
-    records=DIR                    runs with a record in DIR are not repeated; records of new runs are copied to DIR
+    records=DIR                    runs with a record in DIR are not repeated; records of new runs are copied to DIR.
+                                   Pages are written into DIR, or beside it if it is called "records"
 
 Every other key=value is passed to each run as in python -m r2.run; key=a,b,c makes or replaces an axis of the table.
 """
@@ -129,9 +130,10 @@ def reproduce(request: Request) -> int:
     failed = [cell for cell in missing if not record.path_of(cell.directory).exists()]
     for cell in failed:
         print(f"r2: failed: {record.command(cell.config)} ({reasons.get(cell.name, 'not begun')})", file=sys.stderr)
-    folder = request.records.parent if request.records else out
+    folder = out
     if request.records is not None:
         collect(cells, request.records)
+        folder = request.records.parent if request.records.name == "records" else request.records
     if len(failed) < len(cells):
         page.write(folder, out / "pretrained")
         print(f"r2: tables, figures and claims are in {folder}; all of it on one page: {folder / 'report.html'}")

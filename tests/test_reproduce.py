@@ -265,6 +265,9 @@ def test_plan_run_and_rerun(tmp_path):
     assert "<html" in (tmp_path / "kept" / "report.html").read_text()
     after = program(tmp_path, *words, f"records={tmp_path / 'kept' / 'records'}", "plan=true")
     assert "4 runs, 4 finished, 0 missing" in after.stdout
+    renamed = program(tmp_path, *words, f"records={tmp_path / 'mine'}")  # pages stay in the folder that was named
+    assert renamed.returncode == 0 and (tmp_path / "mine" / "report.html").exists(), renamed.stderr
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_jobs_share_gpus_and_each_takes_one():

@@ -189,3 +189,10 @@ def test_a_folder_without_records_or_with_others_is_named(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"schema": 0}))
     with pytest.raises(UserError, match="x.json"):
         read_all(tmp_path)
+
+
+def test_a_foreign_file_beside_collected_records_is_not_read(tmp_path):
+    (tmp_path / "records").mkdir()
+    store.write_json(tmp_path / "records" / "a.json", sealed(record()))
+    (tmp_path / "package.json").write_text("{}")
+    assert len(read_all(tmp_path)) == 1
