@@ -23,20 +23,20 @@ from torch import Tensor, nn
 from r2 import models, store, zoo
 from r2.config import UserError
 from r2.hub import need_extra
-from r2.modular import modular as rewritten
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
 from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import LAYERS, Quantizer, compressed, quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
+from r2.zoo.modular import modular as rewritten
 
 FORMAT = 1
 
 
 def _mobilebert(num_classes: int, settings: dict[str, Any]) -> nn.Module:
     need_extra()
-    from r2.mobilebert import network
+    from r2.zoo.mobilebert import network
 
     return network(num_classes, settings)
 

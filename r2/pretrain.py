@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from r2 import store, weights
+from r2 import store
 from r2.config import build
 from r2.data.batches import Data
 from r2.dist import World, sync_batchnorm
@@ -18,10 +18,11 @@ from r2.identity import of_pretraining, trains
 from r2.recipe import Recipe, optimizer_of
 from r2.record import Pretrained
 from r2.regularizers import describe
-from r2.resume import check_data
 from r2.store import Run
 from r2.trackers import Tracker
-from r2.train import Trained, evaluate, train
+from r2.training.loop import Trained, evaluate, train
+from r2.training.resume import check_data
+from r2.zoo import weights
 
 
 def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tracker) -> tuple[nn.Module, Pretrained]:

@@ -240,6 +240,7 @@ def of_diverged(
     directory: Path,
     pretrained: Pretrained | None,
     untrained: tuple[Any, Pretrained],
+    size: Mapping[str, Any],
     reason: Exception,
     data: Any,
     world: Any,
@@ -249,6 +250,7 @@ def of_diverged(
     Args:
         pretrained: None where pretraining itself diverged.
         untrained: the model before any training, and what is known of it.
+        size: of that model.
     """
     top1, top5 = (100 * min(1.0, guesses / data.num_classes) for guesses in (1, 5))
     chance = {"loss": math.log(data.num_classes), "top1": top1, "top5": top5, "images": data.val_images}
@@ -256,7 +258,7 @@ def of_diverged(
     pretrained = pretrained or replace(begun, metrics=chance)
     outcome = Outcome(chance, details={"diverged": str(reason)})
     # This rank's own count: the others may not know yet that the run has ended.
-    return make(config, axes, directory, pretrained, model, outcome, data, data.skipped, world)
+    return make(config, axes, directory, pretrained, model, size, outcome, data, data.skipped, world)
 
 
 def make(
@@ -265,14 +267,14 @@ def make(
     directory: Path,
     pretrained: Pretrained,
     model: Any,
+    size: Mapping[str, Any],
     outcome: Outcome,
     data: Any,
     skipped: int,
     world: Any,
 ) -> Record:
-    """Gather a run's record; `skipped` images could not be decoded since pretraining."""
+    """Gather a run's record; `size` is of pack.size(model), `skipped` images could not be decoded since pretraining."""
     from r2 import store
-    from r2.pack import size
     from r2.regularizers import describe
 
     packed = directory / "model.safetensors"
@@ -284,7 +286,7 @@ def make(
             "metrics": outcome.metrics,
             "fp32": pretrained.metrics,
             "initial": outcome.initial,
-            "size": {**size(model), "file_mib": _mib(packed)},
+            "size": {**size, "file_mib": _mib(packed)},
             "sqnr_db": outcome.sqnr_db,
             "details": _details(outcome),
             "epochs": {

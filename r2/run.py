@@ -44,7 +44,7 @@ def experiment(config: dict, world: "World") -> "Record":
     from r2.pretrain import pretrain, untrained
     from r2.report import layer
     from r2.trackers import Tracker
-    from r2.train import check_batches
+    from r2.training.loop import check_batches
 
     stage, recipe = build(config["stage"]), build(config["recipe"])
     columns = axes(config, stage)
@@ -75,13 +75,14 @@ def experiment(config: dict, world: "World") -> "Record":
                     model, outcome = stage(model, data, recipe, run, build(config["reg"], model).to(world.device))
                 except Diverged as error:  # a result too: at chance in the tables
                     begun = untrained(config, data, recipe, world, tracker)
-                    found = record.of_diverged(config, columns, directory, pretrained, begun, error, data, world)
+                    size = pack.size(begun[0])
+                    found = record.of_diverged(config, columns, directory, pretrained, begun, size, error, data, world)
                     run.note_diverged(found)
                     raise
                 if world.main:
                     pack.save(model, directory / "model.safetensors")
-                skipped = data.count_skipped()
-                found = record.make(config, columns, directory, pretrained, model, outcome, data, skipped, world)
+                size, skipped = pack.size(model), data.count_skipped()
+                found = record.make(config, columns, directory, pretrained, model, size, outcome, data, skipped, world)
                 run.finish(model, found)
                 tracker.close()
     if world.main:

@@ -29,7 +29,7 @@ from r2.quantizers.pact import PACT
 from r2.recipe import Recipe
 from r2.record import read
 from r2.run import experiment
-from r2.train import train
+from r2.training.loop import train
 
 # Weights
 

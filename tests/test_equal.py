@@ -11,7 +11,7 @@ from r2.config import build
 from r2.dist import World
 from r2.plan.cells import cell_of
 from r2.run import experiment
-from r2.train import evaluate
+from r2.training.loop import evaluate
 
 STAGES = ("fp32", "none", "dfq", "adaround", "ewgs", "lsq", "pact", "dkm")
 QAT = ["stage.bits=4", "recipe.finetune.epochs=2"]  # enough to tell digits apart, which a model at chance would not

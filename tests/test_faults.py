@@ -223,7 +223,7 @@ def test_a_full_disk_and_one_that_cannot_be_written(tmp_path, whole):
 
 def poisoned(what, at):
     """Step `at` gives a loss or a gradient that is no number."""
-    from r2 import train
+    from r2.training import loop as train
 
     backward, steps = train._backward, [0]
 

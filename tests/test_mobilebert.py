@@ -27,19 +27,20 @@ from transformers import (
     MobileBertTokenizer,
 )
 
-from r2 import export, hub, pack, store, weights
+from r2 import export, hub, pack, store
 from r2.config import UserError
 from r2.data.batches import chunk
 from r2.data.text import qnli
 from r2.dist import World
-from r2.mobilebert import mobilebert, network
 from r2.palettize import Palette
 from r2.quantizers.layers import compressed, quantizable, signal_to_noise, swap
 from r2.recipe import Recipe, optimizer_of
 from r2.record import read_all
 from r2.regularizers import Margin
 from r2.report import tables
-from r2.train import evaluate, train
+from r2.training.loop import evaluate, train
+from r2.zoo import weights
+from r2.zoo.mobilebert import mobilebert, network
 
 ANSWERS = {"who": "anna boris clara david emma felix".split(), "where": "paris london tokyo cairo lima oslo".split()}
 OTHERS = "the a of in was on big small old new river house saw made".split()
@@ -306,7 +307,7 @@ def test_a_cached_repository_needs_no_network(few, source, tmp_path):
     shutil.copytree(few, tmp_path / "glue" / "qnli")
     cached(tmp_path, "dataset", "nyu-mll/glue", "b" * 40, tmp_path / "glue")
     code = (
-        "from r2.data.text import qnli; from r2.mobilebert import mobilebert;"
+        "from r2.data.text import qnli; from r2.zoo.mobilebert import mobilebert;"
         f"name = 'google/mobilebert-uncased'; print(qnli('none', name, {'a' * 40!r}, {'b' * 40!r}, 32).describe());"
         f"print(mobilebert(2, name, {'a' * 40!r}).num_labels)"
     )

@@ -6,7 +6,7 @@ from torch import nn
 
 from r2.recipe import Recipe, finetuning, learning_rate, optimizer_of
 from r2.regularizers import L2, Margin
-from r2.train import choose_convolutions
+from r2.training.loop import choose_convolutions
 
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
 

@@ -9,7 +9,7 @@ from conftest import SMALL
 from r2 import pack
 from r2.config import build
 from r2.dist import World
-from r2.train import evaluate
+from r2.training.loop import evaluate
 
 STAGES = {"fp32": 32, "ewgs": 2, "lsq": 2, "pact": 2, "dkm": 2, "none": 4, "dfq": 4, "adaround": 4}
 

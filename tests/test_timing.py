@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import SMALL
 
-from r2 import timing
 from r2.dist import World
-from r2.timing import Timing
+from r2.training import timing
+from r2.training.timing import Timing
 
 WORLD = World()
 

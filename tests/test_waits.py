@@ -12,9 +12,9 @@ from r2.data.batches import Data
 from r2.dist import World
 from r2.plan.cells import cells_of
 from r2.recipe import optimizer_of
-from r2.resume import Upkeep
 from r2.store import Run
-from r2.train import train
+from r2.training.loop import train
+from r2.training.resume import Upkeep
 
 REGULARIZERS = [f"reg={name}" for name in ("l2", "l2_10x", "kure", "linf", "margin", "smm")]
 SIZES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
@@ -25,7 +25,7 @@ NETWORKS = {"rn18": lambda: models.resnet18(10, 0.125), "mbv2": lambda: models.m
 
 def mobilebert():
     pytest.importorskip("transformers", reason="pip install 'r2[nlp]'")
-    from r2.mobilebert import network
+    from r2.zoo.mobilebert import network
 
     settings = {
         "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,

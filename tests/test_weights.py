@@ -12,7 +12,7 @@ from conftest import ENV, SMALL
 from safetensors.torch import save_file
 from test_security import bombs, composed, refuse
 
-from r2 import hub, models, store, weights
+from r2 import hub, models, store
 from r2.config import UserError
 from r2.dist import World
 from r2.plan import check as checking
@@ -20,6 +20,7 @@ from r2.plan import cost
 from r2.plan.cells import cells_of
 from r2.plan.speeds import Speeds
 from r2.run import experiment
+from r2.zoo import weights
 
 TINY = ["data=fake", "data.train_images=64", "data.val_images=20", "recipe=smoke", "model.width_mult=0.25"]
 NETWORKS = {

@@ -15,10 +15,10 @@ from torch import nn
 from r2 import pack, zoo
 from r2.config import UserError, build
 from r2.dist import World
-from r2.modular import modular
 from r2.quantizers.layers import compressed, quantizable
 from r2.run import experiment
 from r2.stages.graph import places
+from r2.zoo.modular import modular
 
 pytest.importorskip("timm", reason="pip install 'r2[timm]'")
 TINY = ["data=fake", "data.train_images=16", "data.val_images=8", "data.calibration_images=8", "recipe=smoke",

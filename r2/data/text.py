@@ -96,7 +96,7 @@ def qnli(
     if tokenizer is None or tokenizer_revision is None:
         raise UserError("data=qnli: is read as the model's tokens; choose model=mobilebert")
     need_extra()
-    from r2 import mobilebert
+    from r2.zoo import mobilebert
 
     tokens = mobilebert.tokenizer(tokenizer, tokenizer_revision, max_length)
     folder = Path(root)

@@ -101,7 +101,7 @@ def check(model: "nn.Module", path: Path | str, data: "Data", world: "World") ->
     import torch
 
     from r2.data.batches import IGNORED
-    from r2.train import best
+    from r2.training.loop import best
 
     name = next((name for name, target in TARGETS.items() if target.suffix == Path(path).suffix), None)
     if name is None:

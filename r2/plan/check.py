@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from r2 import record, store, weights
+from r2 import record, store
 from r2.config import UserError, build, last_line
 from r2.console import say
 from r2.data.facts import facts
@@ -27,7 +27,8 @@ from r2.identity import Identity
 from r2.plan import cost, step
 from r2.plan.cells import Cell, cell_of
 from r2.plan.speeds import Given
-from r2.train import check_batches
+from r2.training.loop import check_batches
+from r2.zoo import weights
 
 # Models that lie on the disk at the same time, at most: three checkpoints of the stage (the last, the one before, the
 # one being written) of a model and two moments each, the pretrained and the final model, and the compressed file.

@@ -58,7 +58,7 @@ def example(config: dict, batch: int, device: str) -> tuple[nn.Module, Inputs, T
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     if "max_length" in config["data"]:
         need_extra()
-        from r2.mobilebert import network
+        from r2.zoo.mobilebert import network
 
         with torch.device(device):
             model = network(2, {"classifier_activation": False})  # the published one; a plan downloads nothing

@@ -24,7 +24,6 @@ from r2 import console
 from r2.config import Bits, Count, Fraction, NonNegative, Positive, UserError
 from r2.data.batches import IGNORED, Data
 from r2.dist import end_with_parent
-from r2.modular import modular
 from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise
 from r2.recipe import Recipe
 from r2.record import Outcome
@@ -35,7 +34,8 @@ from r2.stages.constants import fold_constants
 from r2.stages.graph import equalizable, places
 from r2.stages.stage import Stage
 from r2.store import Run
-from r2.train import evaluate
+from r2.training.loop import evaluate
+from r2.zoo.modular import modular
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from r2.record import Outcome
 from r2.regularizers import Regularizer
 from r2.stages.stage import Stage
 from r2.store import Run
-from r2.train import evaluate, has_batchnorm, train
+from r2.training.loop import evaluate, has_batchnorm, train
 
 
 @dataclass(frozen=True, kw_only=True)

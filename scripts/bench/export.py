@@ -24,7 +24,7 @@ from r2 import export, pack, record
 from r2.config import UserError, build
 from r2.dist import World
 from r2.export.card import size
-from r2.train import best
+from r2.training.loop import best
 
 STAGES = ["none", "dfq", "adaround", "ewgs", "lsq", "pact", "dkm"]
 Predict = Callable[[Tensor], Tensor]

@@ -3,7 +3,7 @@
 python scripts/bench/step.py [--batch 32] [--size 64] [--rounds 12] [--model resnet18] [--width 1.0] [--count]
 
 Every round times each variant once, in turn, so a busy moment hits all of them; the minimum over rounds
-is printed. "r2 loop" is r2.train with all its checks and
+is printed. "r2 loop" is r2.training.loop with all its checks and
 metrics, against the bare model, loss, backward and optimizer step on the same tensors.
 
 --count prints instead how many operations each variant gives PyTorch to do, without compiled kernels: on a GPU, about
@@ -34,7 +34,7 @@ from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, optimizer_of
 from r2.store import Run
-from r2.train import train
+from r2.training.loop import train
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--batch", type=int, default=32)

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from r2 import resume
 from r2.config import UserError
 from r2.console import Phase
 from r2.data.batches import IGNORED, Data, chunk, mix
@@ -20,7 +19,8 @@ from r2.models import Inputs
 from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
 from r2.store import Run
-from r2.timing import summary
+from r2.training import resume
+from r2.training.timing import summary
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from r2.data.batches import Data
 from r2.dist import World, stop_handlers, stopped
 from r2.regularizers import Regularizer
 from r2.store import Run
-from r2.timing import Timing
+from r2.training.timing import Timing
 
 
 @dataclass
