@@ -9,12 +9,14 @@ import ast
 import copy
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, ConfigDict, ValidationError, create_model
@@ -168,10 +170,7 @@ class _Source:
     """The text of a module of r2: what it defines, and the full names of what it imports."""
 
     def __init__(self, module: str):
-        try:
-            spec = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            spec = None
+        spec = _find_spec(module)
         if spec is None or spec.origin is None:
             raise UserError(f"there is no module {module}")
         self.module, tree = module, ast.parse(Path(spec.origin).read_text())
@@ -218,6 +217,17 @@ class _Source:
 
 
 _source = functools.cache(_Source)
+
+
+def _find_spec(module: str) -> Any:
+    """As importlib.util.find_spec, which would import the packages around a module, and torch with them."""
+    first, *inner = module.split(".")
+    spec, name, places = None, first, cast(Any, sys.modules["r2"].__path__)
+    for part in inner if first == "r2" else ():
+        name = f"{name}.{part}"
+        spec = places and importlib.machinery.PathFinder.find_spec(name, places)
+        places = spec and spec.submodule_search_locations
+    return spec
 
 
 def _find(module: str, name: str) -> tuple[_Source, ast.FunctionDef | ast.ClassDef] | None:

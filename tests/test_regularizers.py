@@ -10,15 +10,17 @@ from waits import Waits
 
 from r2 import regularizers as R
 from r2.config import UserError
+from r2.kernels import fused
 from r2.models import mobilenet_v1
+from r2.regularizers import kure, ranges
 
 CLASSES = [R.LInf, R.Margin, R.SoftMinMax, R.Kurtosis]
 
 
 def set_fuse_from(elements, monkeypatch):
     """From how many elements the regularizers' kernels are compiled."""
-    for kernel in vars(R).values():
-        if isinstance(kernel, R.fused):
+    for kernel in [*vars(ranges).values(), *vars(kure).values()]:
+        if isinstance(kernel, fused):
             monkeypatch.setattr(kernel, "at_least", elements)
 
 

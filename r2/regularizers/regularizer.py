@@ -1,0 +1,180 @@
+"""What every regularizer shares: the weights it reads, and one fused pass over all of them."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from r2.config import UserError
+from r2.kernels import flat, fused
+
+# Shorter tensors are faster through plain PyTorch than the compiler's start-up is worth.
+kernel = partial(fused, at_least=1 << 18)
+
+KINDS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding
+)  # fmt: skip
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every convolution, linear and embedding weight by name, first and last layers included.
+
+    One that several layers share stands there once, under the first name.
+    """
+    out: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KINDS) and not any(module.weight is w for w in out.values()):
+            out[f"{name}.weight"] = module.weight
+    return out
+
+
+def wide(w: Tensor) -> Tensor:
+    """`w` in the type of its sums: float32, or float64 as it is."""
+    return w if w.dtype == torch.float64 else w.float()
+
+
+class Columns(NamedTuple):
+    """What a step has gradients for: the layer and the column of each, in one order."""
+
+    layers: list[int]
+    columns: list[int]
+
+
+def take(values: Tensor, index: list[int]) -> Tensor:
+    """values[index]; a list as an index would be copied to the device, and the host would wait for that."""
+    return values if index == list(range(len(values))) else torch.stack([values[i] for i in index])
+
+
+def add_at(target: Tensor, index: list[int], added: Tensor) -> None:
+    """target[index] += added, where an index may stand more than once."""
+    if index == list(range(len(target))):
+        target += added
+    else:
+        for i, value in zip(index, added.unbind(), strict=True):
+            target[i] += value
+
+
+class Regularizer(nn.Module):
+    """A weighted sum of one term per weight tensor (and per column, for `dim` > 1).
+
+    Args:
+        model: on its final device; its weights are held by reference.
+        weight: factor on the whole term, which is in the weights' units (KURE's has none).
+        dim: length of the vectors that DKM will cluster (Table 6): `dim` consecutive rows of the weight, which are
+            output channels but for transposed convolutions. The scalar term is applied to each of the `dim` columns
+            and summed.
+
+    Raises:
+        UserError: a weight is computed from other parameters (torch.nn.utils.parametrize, weight_norm, prune).
+    """
+
+    decay = 1.0  # factor on the optimizer's weight decay
+    lr_mult = 1.0  # factor on the learning rate of the term's own parameters
+
+    def __init__(self, model: nn.Module, weight: float = 0.01, dim: int = 1):
+        super().__init__()
+        self.weight, self.dim = weight, dim
+        self._named = weights_of(model)  # a plain dict: the model owns these parameters
+        for name, w in self._named.items():
+            if not isinstance(w, nn.Parameter):
+                raise UserError(
+                    f"{name} is computed from other parameters, and a regularizer needs the parameter itself; "
+                    "make it one first, for instance by torch.nn.utils.parametrize.remove_parametrizations"
+                )
+
+    def columns(self, every: bool = False) -> Iterator[tuple[int, int, Tensor]]:
+        """(layer, column, weight) in a fixed order, of `every` weight or of those that are trained.
+
+        A weight of fewer rows than `dim` has fewer columns.
+        """
+        for layer, w in enumerate(self._named.values()):
+            if every or w.requires_grad:
+                for column in range(min(self.dim, len(w))):
+                    yield layer, column, w
+
+    def part(self, w: Tensor, column: int) -> Tensor:
+        return w if self.dim == 1 else w[column :: self.dim]
+
+    def term(self, w: Tensor, layer: int, column: int) -> Tensor:
+        """The differentiable term of one column of one layer."""
+        raise NotImplementedError
+
+    def measure(self, w: Tensor, grad: Tensor, layer: int, column: int) -> tuple[Tensor, ...]:
+        """What `solve` needs to know of a flat column, as scalars; may add to the flat `grad` what is known by now."""
+        raise NotImplementedError
+
+    def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, Tensor | None]:
+        """The arithmetic between a column's sums and its gradient, for all columns at once.
+
+        Args:
+            measured: (columns, scalars of `measure`).
+
+        Returns:
+            the terms (columns,), and what `pull` is given of each (columns, any) if there is more to add; also adds
+            to the gradients of the term's own parameters.
+        """
+        raise NotImplementedError
+
+    def pull(self, w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
+        """Add `scale()` times the term's gradient to the flat `grad`."""
+        raise NotImplementedError
+
+    def scale(self) -> float:
+        return self.weight
+
+    def forward(self) -> Tensor:
+        """The weighted total over the weights that are trained, as a differentiable scalar."""
+        terms = [self.term(wide(self.part(w, j)), i, j) for i, j, w in self.columns()]
+        return self.scale() * torch.stack(terms).sum() if terms else self._zero()
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=next(iter(self._named.values())).device)
+
+    @torch.no_grad()
+    def add_gradients(self) -> Tensor:
+        """Add the total's gradient to every `.grad` that there is; returns the total over those weights.
+
+        Raises:
+            UserError: no weight has a gradient, though some are trained.
+        """
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        columns = list(self.columns())
+        used = [(i, j, w) for i, j, w in columns if w.grad is not None]  # the others the step has not used
+        if not used:
+            if columns:
+                raise UserError("no weight has a gradient: call add_gradients after loss.backward()")
+            return self._zero()
+        flats = []
+        for _, j, w in used:
+            assert w.grad is not None
+            if self.dim == 1 and w.stride() == w.grad.stride():
+                flats.append((flat(w.detach()), flat(w.grad)))
+            else:  # columns are strided: work on a copy of each
+                part = wide(self.part(w.detach(), j).reshape(-1))
+                flats.append((part, torch.zeros_like(part)))
+        measured = [self.measure(*pair, i, j) for pair, (i, j, _) in zip(flats, used, strict=True)]
+        scalars = torch.stack([scalar for row in measured for scalar in row]).view(len(used), -1)
+        terms, coefficients = self.solve(scalars, Columns([i for i, _, _ in used], [j for _, j, _ in used]))
+        if coefficients is not None:
+            for pair, row in zip(flats, coefficients.unbind(), strict=True):
+                self.pull(*pair, row)
+        for (_, added), (_, j, w) in zip(flats, used, strict=True):
+            assert w.grad is not None
+            if self.dim > 1 or w.stride() != w.grad.stride():
+                grad = self.part(w.grad, j)
+                grad += added.view(grad.shape)
+        return self.scale() * terms.sum()
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The optimizer group of the term's own parameters, if it has any: no weight decay, its rate lr * lr_mult."""
+        parameters = list(self.parameters())
+        group = {"params": parameters, "lr": lr * self.lr_mult, "weight_decay": 0.0}
+        return [group] if parameters else []
+
+    def log(self) -> dict[str, float]:
+        """What is worth plotting of the term's own parameters."""
+        return {}
