@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh "[test]"
-exec .venv/bin/python -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # two processes share the cores, not each all of them
+exec .venv/bin/python -m pytest -n auto --maxprocesses=4 "$@"
