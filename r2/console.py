@@ -90,7 +90,7 @@ def summary(record: Mapping[str, Any], directory: Path) -> None:
     """The closing table of one run."""
     table = Table(title=record["name"], title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")  # a path stays whole
+    table.add_column(overflow="fold")
     metrics = record["metrics"]
     given = record["config"].get("weights")  # an earlier version wrote none
     beginning = given["source"] if given else "scratch"
@@ -102,8 +102,10 @@ def summary(record: Mapping[str, Any], directory: Path) -> None:
         ("file", f"{record['size']['file_mib']:.3f} MiB, {record['size']['bits_per_weight'] or 32:g} bits per weight"),
         *_noteworthy(record.get("details") or {}),
         ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in record["seconds"].items())),
-        ("record", directory / "record.json"),
     ]  # fmt: skip
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)
+    for name in ("record.json", "model.safetensors"):  # under the table, whose columns would break a path
+        if (directory / name).exists():
+            console.print(str(directory / name), markup=False)

@@ -139,9 +139,11 @@ def test_data_mistakes(r2, tmp_path):
 
 
 def test_run_record_and_repeat(r2):
-    first = r2(*SMALL, "reg=margin", "stage=ewgs", "tracker=wandb", env={"WANDB_MODE": "offline"})
+    narrow = {"WANDB_MODE": "offline", "COLUMNS": "40"}
+    first = r2(*SMALL, "reg=margin", "stage=ewgs", "tracker=wandb", env=narrow)
     assert first.returncode == 0, first.stderr
     (path,) = r2.out.glob("*/record.json")
+    assert {str(path), str(path.with_name("model.safetensors"))} <= set(first.stdout.splitlines())  # no path is broken
     record = json.loads(path.read_text())
     assert record["axes"]["reg"] == "margin" and record["axes"]["weight_bits"] == 2
     assert 0 <= record["metrics"]["top1"] <= 100 and record["metrics"]["images"] == 100

@@ -1,6 +1,7 @@
 """How long runs take: from records, from speeds that the user has measured, or from a short measurement."""
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -167,6 +168,8 @@ class Speeds:
             return Rate(speed * self.processes, None, source)
         key = cell.axes["data"], cell.axes["model"]
         if key not in self._known:
+            # A minute for a large network: whoever waits should know for what. Not in the plan, which may be piped.
+            print(f"r2: measuring a training step of {key[1]} on this machine", file=sys.stderr, flush=True)
             speed = step.measure(cell.config, self.device) * self.processes
             self._known[key] = Rate(speed, None, "measured now, without data")
         return self._known[key]
