@@ -1,5 +1,6 @@
 """What the pages under docs/ print works."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -62,3 +63,41 @@ def test_every_script_and_file_that_the_pages_name_is_there():
         here = set(re.findall(r"^`(\S+)`$", text, flags=re.MULTILINE))  # files that the page itself shows
         if page.name != "configuration.md":  # its comments cite files of other projects
             assert [name for name in set(names.findall(text)) - here if not (ROOT / name).exists()] == [], page.name
+
+
+def rows_of_the_file_map():
+    """Each file or folder of r2 that the README's map names, and its row."""
+    found, folder = {}, ""
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `r2/")]
+    for number, line in enumerate(lines):
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", line.split("|")[1]):
+            folder = name.rpartition("/")[0] if name.startswith("r2/") else folder
+            found[name if name.startswith("r2/") else f"{folder}/{name}"] = number
+    return found
+
+
+def test_a_file_imports_only_from_its_row_of_the_file_map_and_from_rows_below():
+    rows = rows_of_the_file_map()
+
+    def row(path):
+        name = path.relative_to(ROOT).as_posix()
+        return rows.get(name, rows.get(name.rpartition("/")[0] + "/"))
+
+    def file(name):
+        while not (path := ROOT.joinpath(*name.split("."))).with_suffix(".py").exists():
+            if path.is_dir():
+                return path / "__init__.py"
+            name = name.rpartition(".")[0]
+        return path.with_suffix(".py")
+
+    package = ROOT / "r2" / "__init__.py"
+    files = [path for path in sorted((ROOT / "r2").rglob("*.py")) if path.stat().st_size and path != package]
+    assert len(files) > 80 and not [path for path in files if row(path) is None]
+    upwards = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "r2":
+                used = [file(f"{node.module}.{one.name}") for one in node.names]
+                upwards += [(path, other) for other in used if other.parent != path.parent or path.parent.name == "r2"
+                            if other != package and row(other) < row(path)]  # fmt: skip
+    assert not upwards
