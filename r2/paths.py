@@ -14,3 +14,8 @@ def _of(installed: str, checkout: str) -> Path:
 CONFIGS = _of("configs", "configs")
 PAPER = _of("paper", "results/paper")
 RESULTS = REPOSITORY / "results"
+
+
+def script(name: str) -> str:
+    """The command that runs a file of scripts/: in an installed r2 it is a module."""
+    return f"python -m r2.scripts.{name}" if (_package / "scripts").is_dir() else f"python scripts/{name}.py"

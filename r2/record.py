@@ -14,7 +14,7 @@ from typing import Any, TypedDict, cast
 
 from r2.config import UserError, shell_word
 from r2.identity import trains
-from r2.paths import REPOSITORY
+from r2.paths import REPOSITORY, script
 
 SCHEMA = 2
 _PACKAGES = ("torch", "torchvision", "aimet-torch", "hydra-core", "numpy", "scikit-learn", "transformers")
@@ -224,8 +224,8 @@ def read(path: Path, name: str | None = None) -> Record:
         raise UserError(f"{path}: is not a record ({error}); move it away to run again") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise UserError(
-            f"{path}: is not a record of this version of r2; scripts/convert_records.py converts those of an earlier "
-            "one, or move it away to run again"
+            f"{path}: is not a record of this version of r2; {script('convert_records')} DIR converts those of an "
+            "earlier one, or move it away to run again"
         )
     if found.get("digest") != digest(found):
         raise UserError(f"{path}: altered after it was written (sha256); move it away to run again")

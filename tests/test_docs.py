@@ -101,3 +101,14 @@ def test_a_file_imports_only_from_its_row_of_the_file_map_and_from_rows_below():
                 upwards += [(path, other) for other in used if other.parent != path.parent or path.parent.name == "r2"
                             if other != package and row(other) < row(path)]  # fmt: skip
     assert not upwards
+
+
+def test_a_wheel_carries_what_an_installed_r2_reads_and_names():
+    section = (ROOT / "pyproject.toml").read_text().split("force-include]")[1].split("\n[")[0]
+    carried = dict(re.findall(r'^"(.+)" = "(.+)"$', section, flags=re.MULTILINE))
+    assert all((ROOT / here).exists() for here in carried)
+    assert {"r2/configs", "r2/paper"} < set(carried.values())
+    named = {
+        name for path in (ROOT / "r2").rglob("*.py") for name in re.findall(r"\{script\('(\w+)'\)", path.read_text())
+    }
+    assert named and {f"r2/scripts/{name}.py" for name in named} <= set(carried.values())

@@ -14,6 +14,7 @@ from torch import Tensor
 from r2.config import Count, CountOrZero, UserError
 from r2.data.batches import Data, mix
 from r2.data.shards import Shards
+from r2.paths import script
 
 
 class DALIShards(Shards):
@@ -33,7 +34,7 @@ class DALIShards(Shards):
                 reason = str(error).partition("encountered:")[2].strip() or str(error)
                 raise UserError(
                     f"DALI cannot decode a batch of training images ({reason.splitlines()[0]}); "
-                    "python scripts/prepare_imagenet.py --out <data.root> names damaged shards"
+                    f"{script('prepare_imagenet')} --out <data.root> names damaged shards"
                 ) from None
             labels = torch.from_numpy(self._train_tars.labels[batch.numpy()])
             yield self._on_device(found.as_tensor()), labels.to(self.world.device, non_blocking=True)

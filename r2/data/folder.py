@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from r2.config import Count, CountOrZero, Fraction, ImageSize, Place, Seed, UserError
 from r2.data.batches import Data
 from r2.data.images import Images
+from r2.paths import script
 
 
 class Visible(ImageFolder):
@@ -35,7 +36,7 @@ def class_folders(split: Path) -> list[str]:
 
 def misplaced(split: Path) -> str:
     """What to do where images lie as archives and downloads leave them, without class folders; empty if they do not."""
-    official = "python scripts/prepare_imagenet.py --source DIR --out SHARDS reads the official archives as they are"
+    official = f"{script('prepare_imagenet')} --source DIR --out SHARDS reads the official archives as they are"
     names = sorted(os.listdir(split)) if split.is_dir() else []
     if image := next(filter(is_image, names), None):
         return (

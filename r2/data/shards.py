@@ -22,6 +22,7 @@ from torch import Tensor
 from r2.config import Count, CountOrZero, UserError
 from r2.data.batches import Data
 from r2.data.images import Images
+from r2.paths import script
 
 FORMAT = 1
 MANIFEST = "manifest.json"  # its presence says that all shards are complete
@@ -101,7 +102,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise UserError(
             f"data.root={root}: there is no readable {MANIFEST}; make or finish the shards with "
-            f"python scripts/prepare_imagenet.py --source <ImageNet> --out {root}"
+            f"{script('prepare_imagenet')} --source <ImageNet> --out {root}"
         ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: is not of this version of r2; prepare the shards again")
