@@ -26,10 +26,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NamedTuple
 
 from r2.config import GROUPS, UserError, signature
 from r2.hints import unknown_key
@@ -151,6 +152,8 @@ def visible_gpus() -> list[str]:
 def run_all(cells: list, jobs: int, gpus: list[str]) -> dict[str, str]:
     """Run cells in processes of their own, those of one pretraining in one after the other.
 
+    A post-training stage takes one GPU: once a pretraining is there, its post-training cells run side by side.
+
     Args:
         gpus: shared out evenly among the jobs.
 
@@ -165,19 +168,20 @@ def run_all(cells: list, jobs: int, gpus: list[str]) -> dict[str, str]:
     if gpus and jobs > len(gpus):
         raise UserError(f"jobs={jobs}: this machine has {len(gpus)} GPUs, and a job takes at least one")
     share = len(gpus) // jobs
-    free = [gpus[i * share : (i + 1) * share] for i in range(jobs)]
-    waiting, running, reasons = groups(cells), list[_Job](), dict[str, str]()
+    free = gpus[: share * jobs]
+    waiting = [task for group in groups(cells) for task in _tasks(group, share)]
+    running, reasons = list[_Job](), dict[str, str]()
     try:
         while waiting or running:
-            while waiting and free:
-                running.append(_Job(waiting.pop(0), free.pop()))
+            while task := next((t for t in waiting if t.gpus <= len(free) and (gpus or len(running) < jobs)), None):
+                waiting.remove(task)
+                running.append(_Job(task, [free.pop(0) for _ in range(task.gpus)]))
             wait([job.process.sentinel for job in running])
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
-                free.append(job.gpus)
+                free += job.gpus
                 reasons |= job.reasons()
-                if rest := job.untouched():
-                    waiting.insert(0, rest)
+                waiting = [*_tasks([*job.untouched(), *job.later], share), *waiting]
     finally:  # stopped: the runs write a checkpoint, and the same command resumes them
         for job in running:
             job.process.terminate()
@@ -186,14 +190,32 @@ def run_all(cells: list, jobs: int, gpus: list[str]) -> dict[str, str]:
     return reasons
 
 
-class _Job:
-    """A process that runs `cells` one after the other and tells how each ended."""
+class _Task(NamedTuple):
+    """Cells of one pretraining: `now` in one process on so many GPUs, `later` when the pretraining is there."""
 
-    def __init__(self, cells: list, gpus: list[str]):
-        self.cells, self.gpus = cells, gpus
+    now: list
+    later: list
+    gpus: int
+
+
+def _tasks(cells: list, gpus: int) -> list[_Task]:
+    """What can begin now of cells of one pretraining."""
+    later = [cell for cell in cells if cell.pretraining and not cell.config["stage"].get("epochs")] if gpus > 1 else []
+    if cells and later == cells:
+        if cells[0].pretrained():
+            return [_Task([replace(cell, config={**cell.config, "devices": 1})], [], 1) for cell in cells]
+        later = later[1:]  # the first one pretrains
+    return [_Task([cell for cell in cells if cell not in later], later, gpus)] if cells else []
+
+
+class _Job:
+    """A process that runs a task's cells one after the other and tells how each ended."""
+
+    def __init__(self, task: _Task, gpus: list[str]):
+        self.cells, self.later, self.gpus = task.now, task.later, gpus
         context = get_context("spawn")
         self._reader, writer = context.Pipe(duplex=False)
-        self.process = context.Process(target=_run, args=([cell.config for cell in cells], gpus, writer))
+        self.process = context.Process(target=_run, args=([cell.config for cell in task.now], gpus, writer))
         self.process.start()
         writer.close()
         self._ends: list[str] = []

@@ -273,3 +273,43 @@ def test_plan_run_and_rerun(tmp_path):
 def test_jobs_share_gpus_and_each_takes_one():
     with pytest.raises(UserError, match="jobs=4: this machine has 2 GPUs"):
         reproduce.run_all([], 4, ["0", "1"])
+
+
+def test_what_begins_on_the_gpus_of_a_pretraining(tmp_path):
+    def begun(stages, gpus):
+        cells = planned.cells(["table2"], [*TINY, f"stage={stages}", f"out={tmp_path}", "reg=l2"])
+        tasks = reproduce._tasks(cells, gpus)
+        return [([c.axes["stage"] for c in t.now], [c.axes["stage"] for c in t.later], t.gpus) for t in tasks], cells
+
+    assert begun("none,lsq,dfq", 8)[0] == [(["lsq"], ["none", "dfq"], 8)]
+    assert begun("none,lsq,dfq", 1)[0] == [(["none", "lsq", "dfq"], [], 1)]
+    assert begun("none,pact", 0)[0] == [(["none", "pact"], [], 0)]  # CPUs
+    tasks, cells = begun("none,dfq", 8)
+    assert tasks == [(["none"], ["dfq"], 8)]  # the first one pretrains, on all of them
+    cells[0].pretraining.directory.mkdir(parents=True)
+    (cells[0].pretraining.directory / "model.pt").touch()
+    assert begun("none,dfq", 8)[0] == [(["none"], [], 1), (["dfq"], [], 1)]
+    assert {t.now[0].config["devices"] for t in reproduce._tasks(cells, 8)} == {1}
+
+
+@pytest.mark.slow
+def test_post_training_stages_of_a_pretraining_have_a_gpu_each(tmp_path, monkeypatch):
+    """On CPUs, where the names of GPUs are not looked at: which cells run at once, and that each has its record."""
+    begun = []
+
+    class Job(reproduce._Job):
+        def __init__(self, task, gpus):
+            begun.append(([cell.axes["stage"] for cell in task.now], gpus))
+            super().__init__(task, gpus)
+
+    monkeypatch.setattr(reproduce, "_Job", Job)
+    words = [*TINY, "stage=none,fp32,lsq", f"out={tmp_path}", "reg=l2", "seed=0,1"]
+    cells = planned.cells(["table2"], words)
+    assert reproduce.run_all(cells, 1, ["0", "1", "2"]) == {}
+    assert all(cell.finished(None) for cell in cells)
+    assert [(stages, len(gpus)) for stages, gpus in begun] == [(["lsq"], 3), (["none"], 1), (["fp32"], 1)] * 2
+    assert begun[1][1] != begun[2][1]
+    begun.clear()
+    more = planned.cells(["table2"], [*words, "stage=none,fp32", "data.calibration_images=16"])
+    assert reproduce.run_all([cell for cell in more if not cell.finished(None)], 1, ["0", "1"]) == {}
+    assert all(len(gpus) == 1 for _, gpus in begun) and all(cell.finished(None) for cell in more)
