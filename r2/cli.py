@@ -35,6 +35,9 @@ def refusals() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # Read when torch loads: how long its threads wait for each other by spinning. By default so long that another busy
+    # program slows a run far more than by the core that it takes (scripts/bench/threads.py).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         yield
         sys.stdout.flush()
