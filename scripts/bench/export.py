@@ -4,7 +4,7 @@ python scripts/bench/export.py [--stages none lsq dkm ...] [--rounds 20] [--cpu-
 
 The runs are made first, by `python -m r2.run -m stage=fp32,... out=OUT KEY=VALUE ...`; those that are finished are not
 repeated. Times are the best of rounds that go through all stages of one program in turn; a ratio is to `fp32` in the
-same program. Equality is with PyTorch's predictions over the validation images.
+same program; OpenVINO is told to compute in f32. Equality is with PyTorch's predictions over the validation images.
 """
 
 import argparse
@@ -46,7 +46,9 @@ clock = time.process_time if arguments.cpu_time else time.perf_counter
 def openvino(path: Path) -> Predict:
     import openvino as ov
 
-    compiled = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": arguments.threads})
+    compiled = ov.Core().compile_model(
+        str(path), "CPU", {"INFERENCE_NUM_THREADS": arguments.threads, "INFERENCE_PRECISION_HINT": "f32"}
+    )
     return lambda images: torch.from_numpy(compiled(images.contiguous().numpy())[0].copy())
 
 
