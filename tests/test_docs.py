@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 SECTIONS = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(), flags=re.MULTILINE)[1:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS, ids=[section.partition("\n")[0] for section in SECTIONS])
 def test_every_file_of_the_page_on_extending_runs(section, tmp_path):
     """In a copy of the package, as a reader adds them; the packed file is read back too."""

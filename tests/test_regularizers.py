@@ -363,3 +363,29 @@ def test_the_host_never_waits_for_the_device(kind, dim):
     with Waits() as waits:
         reg.add_gradients()
     assert not waits.found
+
+
+class OfItsTermAlone(R.Regularizer):
+    """As docs/extending.md teaches it, with a parameter of its own."""
+
+    def __init__(self, model, weight=0.3, dim=1):
+        super().__init__(model, weight, dim)
+        self.power = nn.Parameter(torch.tensor(1.5))
+
+    def term(self, w, layer, column):
+        return ((w.abs() + 0.1) ** self.power).mean() * (layer + 1)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_term_alone_is_enough(dim, channels_last):
+    model = small_model().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    regularizer = OfItsTermAlone(model, dim=dim)
+    tensors = [*model.parameters(), regularizer.power]
+    expected = torch.autograd.grad(total := regularizer(), tensors, allow_unused=True, materialize_grads=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.testing.assert_close(regularizer.add_gradients(), total.detach())
+    for p, gradient in zip(model.parameters(), expected, strict=False):
+        torch.testing.assert_close(p.grad, 1 + gradient)
+    torch.testing.assert_close(regularizer.power.grad, expected[-1])

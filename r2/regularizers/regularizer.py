@@ -98,12 +98,23 @@ class Regularizer(nn.Module):
         return w if self.dim == 1 else w[column :: self.dim]
 
     def term(self, w: Tensor, layer: int, column: int) -> Tensor:
-        """The differentiable term of one column of one layer."""
+        """The differentiable term of one column of one layer, without `weight`; of any shape, in float32 or float64."""
         raise NotImplementedError
 
     def measure(self, w: Tensor, grad: Tensor, layer: int, column: int) -> tuple[Tensor, ...]:
-        """What `solve` needs to know of a flat column, as scalars; may add to the flat `grad` what is known by now."""
-        raise NotImplementedError
+        """What `solve` needs to know of a flat column, as scalars; may add to the flat `grad` what is known by now.
+
+        Unless a subclass knows its gradient: all of it, by autograd.
+        """
+        parameters = list(self.parameters())
+        with torch.enable_grad():
+            value = self.term(leaf := wide(w).detach().requires_grad_(), layer, column)
+            found = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True, materialize_grads=True)
+        grad.add_(found[0].to(grad.dtype), alpha=self.scale())
+        for parameter, pulled in zip(parameters, found[1:], strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(pulled, alpha=self.scale())
+        return (value.detach(),)
 
     def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, Tensor | None]:
         """The arithmetic between a column's sums and its gradient, for all columns at once.
@@ -115,7 +126,7 @@ class Regularizer(nn.Module):
             the terms (columns,), and what `pull` is given of each (columns, any) if there is more to add; also adds
             to the gradients of the term's own parameters.
         """
-        raise NotImplementedError
+        return measured[:, 0], None
 
     def pull(self, w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
         """Add `scale()` times the term's gradient to the flat `grad`."""
