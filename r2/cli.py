@@ -47,6 +47,9 @@ def refusals() -> Iterator[None]:
     except (UserError, *COMPOSE_ERRORS) as error:
         refuse(error)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # in a training phase Ctrl-C first writes a checkpoint (r2.training.resume)
+        print("r2: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 class JobRefused(Exception):

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from r2.config import UserError, last_line
 
-# What batch systems send before they end a job: SLURM one of the first two, submitit the last.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Ctrl-C, and what batch systems send before they end a job: SLURM one of the next two, submitit the last.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _TOLERANCE = 3.0  # seconds between the first and the last rank that give up waiting
 
 
@@ -194,7 +194,7 @@ def stopped(number: int, handlers: dict[int, Any]) -> SystemExit:
     Whoever handled the signal before hears of it now: submitit puts the job back into the queue and leaves.
     """
     handler = handlers.get(number)
-    if callable(handler):
+    if callable(handler) and handler is not signal.default_int_handler:  # Python's own, of Ctrl-C, would only raise
         handler(number, None)
     return SystemExit(128 + number)
 
@@ -247,7 +247,7 @@ def _start(function: Callable, config: dict, count: int) -> Any:
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
-        signals_to_handle=",".join(["SIGINT", "SIGHUP", "SIGQUIT", *(number.name for number in STOP_SIGNALS)]),
+        signals_to_handle=",".join(["SIGHUP", "SIGQUIT", *(number.name for number in STOP_SIGNALS)]),
     )
     with stop_handlers() as handlers:  # the launcher takes them over
         try:

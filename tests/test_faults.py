@@ -331,7 +331,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_answered_with_a_checkpoint(tmp_path, number):
     run = Run(tmp_path / "log", f"out={tmp_path}", *TINY, "recipe.epochs=400", "checkpoint_seconds=1000")
     assert run.follow("pretrain"), run.output()
@@ -348,6 +348,16 @@ def test_a_signal_is_answered_with_a_checkpoint(tmp_path, number):
     again.signal(signal.SIGTERM)
     assert again.wait() == 143
     assert f"resumed at epoch {position['epoch'] + 1}, step {position['step']}" in again.output()
+
+
+@pytest.mark.slow
+def test_ctrl_c_outside_of_training_is_one_line(tmp_path):
+    run = Run(tmp_path / "log", f"out={tmp_path}", *TINY, "stage=adaround", "stage.iterations=100000")
+    assert run.follow("pretrain")
+    wait_for(lambda: "adaround:" in run.output(), 120)
+    run.signal(signal.SIGINT)
+    assert run.wait() == 130
+    assert "r2: interrupted; the same command" in run.output() and "Traceback" not in run.output()
 
 
 def test_what_cannot_change_a_result_does_not_change_a_run():

@@ -158,13 +158,19 @@ class Upkeep:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Signals that stop a run are remembered, and obeyed after a checkpoint, with status 128 + the signal's."""
+        """Signals that stop a run are remembered, and obeyed after a checkpoint, with status 128 + the signal's.
+
+        A second Ctrl-C does not wait for it.
+        """
         with stop_handlers() as self._handlers:
-            for number in self._handlers:
-                signal.signal(number, self._remember)
+            for number, handler in self._handlers.items():
+                if handler is not signal.SIG_IGN:  # as a shell has it for SIGINT in the background
+                    signal.signal(number, self._remember)
             yield
 
     def _remember(self, number: int, _: Any) -> None:
+        if number == self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
         self._signal = number
 
     @property
