@@ -1,5 +1,6 @@
 """Terminal output: one progress bar per phase, plain lines without a terminal, a summary table at the end."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 160  # of a log; its reader scrolls
 
 
 def say(text: str) -> None:
@@ -61,27 +64,36 @@ def comparison(records: Sequence[Mapping[str, Any]]) -> None:
         axes, size = record["axes"], record["size"]["file_mib"]
         bits = "".join(f"{letter}{axes[key]}" for letter, key in (("W", "weight_bits"), ("A", "act_bits"), ("d", "dim"))
                        if axes.get(key))  # fmt: skip
-        cell = f"{record['metrics']['top1']:.2f} %" + (f", {size:.2f} MiB" if size else "")
+        cell = f"{record['metrics']['top1']:.2f} %" + (f"\n{size:.2f} MiB" if size else "")
         kept = (axes["data"], axes["model"], axes["reg"], axes["seed"])
-        row = rows.setdefault(kept, {"full precision": "-"})
+        row = rows.setdefault(kept, {"full\nprecision": "-"})
         if record["fp32"]:
-            row["full precision"] = f"{record['fp32']['top1']:.2f} %"
-            row["largest weight"] = f"{record['weights_summary']['max_abs']:.2f}"
+            row["full\nprecision"] = f"{record['fp32']['top1']:.2f} %"
+            row["largest\nweight"] = f"{record['weights_summary']['max_abs']:.2f}"
             row["kurtosis"] = f"{record['weights_summary']['kurtosis']:.2f}"
         if axes["stage"] != "fp32":
-            row[f"{axes['stage']} {bits}"] = cell
+            row[f"{axes['stage']}\n{bits}"] = cell
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table(title="the sweep", title_justify="left")
-    for name in ("data", "model", "regularizer", "seed", *columns):
+    names, same = (
+        ("data", "model", "regularizer", "seed"),
+        [len(set(values)) == 1 for values in zip(*rows, strict=True)],
+    )
+    common = [f"{name} {value}" for name, value, alike in zip(names, next(iter(rows), ()), same, strict=False) if alike]
+    table = Table(title="the sweep: " + ", ".join(common or ["its runs"]), title_justify="left")
+    for name, alike in zip(names, same, strict=False):
+        if not alike:
+            table.add_column(name, no_wrap=True)
+    for name in columns:
         table.add_column(name)
     for kept, row in rows.items():
-        table.add_row(*map(str, kept), *(row.get(name, "-") for name in columns))
+        own = [str(value) for value, alike in zip(kept, same, strict=True) if not alike]
+        table.add_row(*own, *(row.get(name, "-") for name in columns))
     console.print(table)
 
 
 def _noteworthy(details: dict) -> list[tuple[str, Any]]:
-    """Channels that folding made constants, and layers whose output is mostly noise: how many, and the first few."""
-    kinds = (("constant channels", "constant_channels"), ("below 1 dB", "below_1_db"))
+    """Channels that folding made constants, and layers whose output is as much noise as signal: how many, and some."""
+    kinds = (("constant channels", "constant_channels"), ("SQNR below 1 dB", "below_1_db"))
     found = [(title, details[key]) for title, key in kinds if details.get(key)]
     return [(title, f"{len(names)}: {', '.join(names[:5])}" + ", ..." * (len(names) > 5)) for title, names in found]
 

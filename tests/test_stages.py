@@ -119,9 +119,10 @@ def test_a_sweep_ends_with_a_table_and_every_run_with_a_picture(r2):
     done = r2("-m", *SMALL, "model=mbv1", "reg=margin,l2", "stage=fp32,dkm", env={"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr
     table = done.stdout[done.stdout.index("the sweep") :]
-    header, rows = table.splitlines()[2], table.splitlines()[4:6]
-    for column in ("regularizer", "full precision", "largest weight", "kurtosis", "dkm"):
+    title, header, rows = table.splitlines()[0], " ".join(table.splitlines()[2:4]), table.splitlines()[5:9]
+    assert title.split(": ")[1].strip() == "data fake, model mbv1-0.25, seed 0"  # what all runs have
+    for column in ("regularizer", "full", "precision", "largest", "weight", "kurtosis", "dkm", "W2d1"):
         assert column in header
-    assert [row.split()[5] for row in rows] == ["margin", "l2"] and all("MiB" in row for row in rows)
+    assert [row.split()[1] for row in rows[::2]] == ["margin", "l2"] and all("MiB" in row for row in rows[1::2])
     pictures = [*r2.out.glob("*/weights.png"), r2.out / "weights.png"]
     assert len(pictures) == 5 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
