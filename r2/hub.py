@@ -83,7 +83,7 @@ def settle(given: dict, model: dict) -> dict | None:
             file = str(_of_timm(model["name"], trained))
         else:
             file = str(_of_hub(source) if source.startswith(_HUB) else _on_disk(Path(source)))
-        sha256 = _sha256(source, file)
+        sha256 = _sha256(source, file, _sources(model))
     return {"source": source, "file": file, "sha256": sha256, "trained": trained, "new_head": new_head}
 
 
@@ -102,8 +102,18 @@ def torchvision_file(model: dict) -> str:
             raise UserError(f"model.weights=torchvision: it has no IMAGENET1K_V1 weights of {model['name']}")
         return found.url.rpartition("/")[2]
     if network not in TORCHVISION:
-        raise UserError(f"model.weights=torchvision: it has none of {network}, only of {' and '.join(TORCHVISION)}")
+        raise UserError(
+            f"model.weights=torchvision: it has none of {network}, only of {' and '.join(TORCHVISION)}; "
+            f"take {_sources(model)}"
+        )
     return TORCHVISION[network]
+
+
+def _sources(model: dict) -> str:
+    """What `model.weights` may be for this network."""
+    network = model["_target_"].rpartition(".")[2]
+    library = "torchvision, " if network in ("torchvision", *TORCHVISION) else "timm, " if network == "timm" else ""
+    return f"a file, a folder of save_pretrained, {library}or {_HUB}OWNER/NAME/FILE"
 
 
 def _of_timm(name: str, trained: bool) -> Path:
@@ -130,15 +140,12 @@ def sha256_of_torchvision(file: str) -> str:
     return Path(file).stem.rpartition("-")[2]
 
 
-def _sha256(source: str, file: str) -> str:
+def _sha256(source: str, file: str, sources: str) -> str:
     try:
         stat = Path(file).stat()
         return _sha256_of(file, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
-        raise UserError(
-            f"model.weights={source}: cannot be read ({error.strerror}); it is a file, a folder of save_pretrained, "
-            f"torchvision, timm or {_HUB}REPO/FILE"
-        ) from None
+        raise UserError(f"model.weights={source}: cannot be read ({error.strerror}); it is {sources}") from None
 
 
 @functools.lru_cache

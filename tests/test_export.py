@@ -255,6 +255,14 @@ def test_importing_the_package_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_a_single_example_is_refused(to, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(UserError, match="give at least two examples: with one the batch size would be fixed"):
+        TARGETS[to].load().write(model, tmp_path / f"model.{to}", torch.zeros(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
 class Control(nn.Module):
     def forward(self, x):
         return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
@@ -340,10 +348,14 @@ def told(capsys, *arguments):
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys, monkeypatch):
-    assert "model.safetensors: cannot be read" in told(capsys, tmp_path)
+    assert f"{tmp_path}: is not finished; start its command again" in told(capsys, tmp_path)
     packed = tmp_path / "model.safetensors"
     pack.save(resnet18(5, 0.25), packed)
-    assert "record.json" in told(capsys, tmp_path)
+    assert "is not finished" in told(capsys, tmp_path)
+    assert "no: there is no such run or file" in told(capsys, tmp_path / "no")
+    (tmp_path / "outputs" / "one").mkdir(parents=True)
+    (tmp_path / "outputs" / "one" / "record.json").touch()
+    assert "outputs: holds runs; name one of them, such as " in told(capsys, tmp_path / "outputs")
     assert told(capsys, tmp_path, "--to", "tflite").startswith("r2: --to tflite: no such target; there are onnx, ")
     assert "--out a.pb: the name of a file for ONNX ends in .onnx" in told(capsys, tmp_path, "--out", "a.pb")
     assert "there is no folder" in told(capsys, tmp_path, "--out", tmp_path / "no" / "a.onnx")

@@ -65,6 +65,7 @@ def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (
     """
     target = export.target(to)
     target.load()
+    _check_finished(run)
     model = pack.load(run / "model.safetensors")
     found = record.read(run / "record.json")
     packed = found["sha256"].get("packed")  # the oldest records have none
@@ -106,6 +107,19 @@ def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: list[in
     model = pack.load(packed)
     _write(target, model, out, _examples(model, image_size[0] if image_size and len(image_size) == 1 else image_size))
     print("not checked         a packed file alone has no data; its run's folder has")
+
+
+def _check_finished(run: Path) -> None:
+    """
+    Raises:
+        UserError: `run` is no folder of a finished run.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: there is no such run or file")
+    if not (run / "record.json").exists():  # written last
+        if runs := sorted(path.parent.name for path in run.glob("*/record.json")):
+            raise UserError(f"{run}: holds runs; name one of them, such as {run / runs[0]}")
+        raise UserError(f"{run}: is not finished; start its command again")
 
 
 def _describe(
