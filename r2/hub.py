@@ -16,7 +16,7 @@ from r2.hints import nearest
 # first weights, not its second: those are for images resized to 232 pixels, these for 256, as in r2's evaluation.
 TORCHVISION = {"resnet18": "resnet18-f37072fd.pth", "mobilenet_v2": "mobilenet_v2-b0353104.pth"}
 _HUB = "hf_hub:"
-_MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of r2.data.images
+MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of r2.data.images
 _SAVED = ("model.safetensors", "pytorch_model.bin")  # what transformers' save_pretrained calls its file
 
 
@@ -127,7 +127,7 @@ def _of_timm(name: str, trained: bool) -> Path:
     known = get_pretrained_cfg(name)
     if known is None or not known.hf_hub_id:
         raise UserError(f"model.weights=timm: timm has no weights of {name}")
-    if not trained and (known.mean, known.std) != _MEAN_AND_STD:
+    if not trained and (known.mean, known.std) != MEAN_AND_STD:
         raise UserError(
             f"model.weights=timm: {name}'s expect images normalised by mean {known.mean[0]:g} and deviation "
             f"{known.std[0]:g}, not by ImageNet's; train on from them with model.finetune=true"

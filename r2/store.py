@@ -122,8 +122,8 @@ def load_latest(path: Path, say: Any, *needed: str) -> dict | None:
         except UserError as error:
             errors.append(str(error).removesuffix(_MEND))
             continue
-        for error in errors:
-            say(f"{error}; resuming from {candidate.name}")
+        for line in errors:
+            say(f"{line}; resuming from {candidate.name}")
         return state
     if len(errors) > 1:
         raise UserError(f"{', and '.join(errors)}; delete both to start again")
