@@ -183,12 +183,13 @@ def _preprocessing(inputs: Inputs, config: dict[str, Any], data: Data | None = N
         return None
     found: dict[str, Any] = {"image_size": list(inputs.shape[2:])}
     if isinstance(data, Memory):  # by its own images, so only they say it
-        mean, std = (rows.flatten().expand(3).tolist() for rows in (data.mean, data.std))
+        rows = [row.flatten().expand(3).tolist() for row in (data.mean, data.std)]
     elif config["_target_"].startswith(_BY_IMAGENET):
-        mean, std = MEAN_AND_STD
+        rows = [list(row) for row in MEAN_AND_STD]
     else:
         return found
-    return {**found, **{name: [round(one, 6) for one in row] for name, row in (("mean", mean), ("std", std))}}
+    mean, std = ([round(value, 6) for value in row] for row in rows)
+    return {**found, "mean": mean, "std": std}
 
 
 def _write(
