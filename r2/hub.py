@@ -16,7 +16,7 @@ from r2.hints import nearest
 # first weights, not its second: those are for images resized to 232 pixels, these for 256, as in r2's evaluation.
 TORCHVISION = {"resnet18": "resnet18-f37072fd.pth", "mobilenet_v2": "mobilenet_v2-b0353104.pth"}
 _HUB = "hf_hub:"
-_MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of r2.data.images
+MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of r2.data.images
 _SAVED = ("model.safetensors", "pytorch_model.bin")  # what transformers' save_pretrained calls its file
 
 
@@ -83,7 +83,7 @@ def settle(given: dict, model: dict) -> dict | None:
             file = str(_of_timm(model["name"], trained))
         else:
             file = str(_of_hub(source) if source.startswith(_HUB) else _on_disk(Path(source)))
-        sha256 = _sha256(source, file)
+        sha256 = _sha256(source, file, _sources(model))
     return {"source": source, "file": file, "sha256": sha256, "trained": trained, "new_head": new_head}
 
 
@@ -102,8 +102,18 @@ def torchvision_file(model: dict) -> str:
             raise UserError(f"model.weights=torchvision: it has no IMAGENET1K_V1 weights of {model['name']}")
         return found.url.rpartition("/")[2]
     if network not in TORCHVISION:
-        raise UserError(f"model.weights=torchvision: it has none of {network}, only of {' and '.join(TORCHVISION)}")
+        raise UserError(
+            f"model.weights=torchvision: it has none of {network}, only of {' and '.join(TORCHVISION)}; "
+            f"take {_sources(model)}"
+        )
     return TORCHVISION[network]
+
+
+def _sources(model: dict) -> str:
+    """What `model.weights` may be for this network."""
+    network = model["_target_"].rpartition(".")[2]
+    library = "torchvision, " if network in ("torchvision", *TORCHVISION) else "timm, " if network == "timm" else ""
+    return f"a file, a folder of save_pretrained, {library}or {_HUB}OWNER/NAME/FILE"
 
 
 def _of_timm(name: str, trained: bool) -> Path:
@@ -117,7 +127,7 @@ def _of_timm(name: str, trained: bool) -> Path:
     known = get_pretrained_cfg(name)
     if known is None or not known.hf_hub_id:
         raise UserError(f"model.weights=timm: timm has no weights of {name}")
-    if not trained and (known.mean, known.std) != _MEAN_AND_STD:
+    if not trained and (known.mean, known.std) != MEAN_AND_STD:
         raise UserError(
             f"model.weights=timm: {name}'s expect images normalised by mean {known.mean[0]:g} and deviation "
             f"{known.std[0]:g}, not by ImageNet's; train on from them with model.finetune=true"
@@ -130,15 +140,12 @@ def sha256_of_torchvision(file: str) -> str:
     return Path(file).stem.rpartition("-")[2]
 
 
-def _sha256(source: str, file: str) -> str:
+def _sha256(source: str, file: str, sources: str) -> str:
     try:
         stat = Path(file).stat()
         return _sha256_of(file, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
-        raise UserError(
-            f"model.weights={source}: cannot be read ({error.strerror}); it is a file, a folder of save_pretrained, "
-            f"torchvision, timm or {_HUB}REPO/FILE"
-        ) from None
+        raise UserError(f"model.weights={source}: cannot be read ({error.strerror}); it is {sources}") from None
 
 
 @functools.lru_cache

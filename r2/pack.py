@@ -64,7 +64,7 @@ _METHODS: dict[str, type[Quantizer]] = {
 }
 _REPLACEMENTS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "ReLU": nn.ReLU}
 _HOOKS = {"input_quantizer": quantize_input, "output_quantizer": quantize_output}
-_WIDEST = 16  # bits of a code; a wider weight is stored as it is
+WIDEST = 16  # bits of a code; a wider weight is stored as it is
 
 
 def save(model: nn.Module, path: Path | str) -> None:
@@ -165,7 +165,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _parts(layer: Any) -> dict[str, Tensor]:
     """A compressed layer's weight in the file: codes and tail, or the weight itself where codes would be too wide."""
     quantizer, weight = layer.quantizer, layer.weight
-    if quantizer.weight_bits > _WIDEST:
+    if quantizer.weight_bits > WIDEST:
         return {"weight": _effective(layer)}
     parts = {
         "codes": pack_bits(quantizer.encode(weight) if layer.codes is None else layer.codes, quantizer.weight_bits)
@@ -332,7 +332,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str])
                 value.copy_(part.view_as(value))
     for name, layer in layers.items():  # their quantizers are set by now
         quantizer, shape, bits = layer.quantizer, layer.weight.shape, layer.quantizer.weight_bits
-        if bits > _WIDEST:
+        if bits > WIDEST:
             weight, layer.codes = take(f"{name}.weight", *shape), torch.empty(0, dtype=torch.int32)
         else:
             like = torch.zeros(shape)

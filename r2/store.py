@@ -24,6 +24,8 @@ from r2 import console
 from r2.config import UserError
 from r2.dist import World
 
+_MEND = "; delete it to start again"
+
 
 def make_directory(path: Path) -> Path:
     """Create `path` and check that it can be written."""
@@ -52,6 +54,8 @@ def write(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it first") from None
         raise UserError(
             f"cannot write {path} ({error.strerror}); what was saved before is intact: "
             "make room and start the same command again to go on"
@@ -88,38 +92,43 @@ def load(path: Path, *needed: str) -> dict:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
-            raise UserError(f"{path}: damaged at {damaged} (checksum); delete it to start again")
+            raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+    except zipfile.BadZipFile:
+        raise UserError(f"{path}: is damaged{_MEND}") from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: not a checkpoint of r2, for it holds more than tensors and plain values; delete it to start again"
+            f"{path}: not a checkpoint of r2, for it holds more than tensors and plain values{_MEND}"
         ) from None
     except Exception as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of r2 ({reason}); delete it to start again") from None
+        raise UserError(f"{path}: not a checkpoint of r2 ({reason}){_MEND}") from None
     if not isinstance(state, dict) or state.get("format") != "r2":
-        raise UserError(f"{path}: not a checkpoint of r2; delete it to start again")
+        raise UserError(f"{path}: not a checkpoint of r2{_MEND}")
     if missing := [name for name in needed if name not in state]:
-        raise UserError(f"{path}: another kind of checkpoint, without {missing[0]!r}; delete it to start again")
+        raise UserError(f"{path}: another kind of checkpoint, without {missing[0]!r}{_MEND}")
     if "info" in state and digest(state["model"]) != state["info"]["sha256"]:
-        raise UserError(f"{path}: altered, its weights do not match its sha256; delete it to start again")
+        raise UserError(f"{path}: altered, its weights do not match its sha256{_MEND}")
     return state
 
 
 def load_latest(path: Path, say: Any, *needed: str) -> dict | None:
     """The newest readable checkpoint: `path`, else the one before it, else None; `needed` as for `load`."""
     found = [p for p in (path, path.with_suffix(".previous")) if p.exists()]
-    errors = []
+    errors: list[str] = []
     for candidate in found:
         try:
-            return load(candidate, *needed)
+            state = load(candidate, *needed)
         except UserError as error:
-            errors.append(str(error))
-            say(str(error))
+            errors.append(str(error).removesuffix(_MEND))
+            continue
+        for line in errors:
+            say(f"{line}; resuming from {candidate.name}")
+        return state
+    if len(errors) > 1:
+        raise UserError(f"{', and '.join(errors)}; delete both to start again")
     if errors:
-        raise UserError(errors[0])
+        raise UserError(errors[0] + _MEND)
     return None
 
 

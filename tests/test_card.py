@@ -18,11 +18,34 @@ CHECKED = {
 EWGS = REPOSITORY / "results" / "records" / "fashion_mnist_mbv1-0.25_kure_ewgs_w2a2_s0-3a0b64b1.json"
 
 
-def exported(folder, target="onnx", suffix=".onnx", checked=CHECKED):
+def exported(folder, target="onnx", suffix=".onnx", checked=CHECKED, preprocessing=None):
     path = folder / f"model{suffix}"
     path.write_bytes(bytes(1234))
     runtime = {"onnx": "onnxruntime", "coreml": "Core ML"}[target]
-    return card.write(path, target, runtime, record.read(EWGS), checked, f"python -m r2.export RUN --to {target}")
+    command = f"python -m r2.export RUN --to {target}"
+    return card.write(path, target, runtime, record.read(EWGS), checked, command, preprocessing)
+
+
+def test_how_images_are_normalised_is_said_and_stays(tmp_path):
+    known = {"image_size": [32, 48], "mean": [0.5, 0.25, 0.125], "std": [0.2, 0.3, 0.4]}
+    assert exported(tmp_path, preprocessing=known)
+    assert exported(tmp_path, "coreml", ".mlpackage", None, {"image_size": [32, 48]})
+    text = (tmp_path / "README.md").read_text()
+    assert "of 32x48 (height, width)" in text and "(0.5, 0.25, 0.125)" in text and "(0.2, 0.3, 0.4)" in text
+    assert json.loads((tmp_path / "model_card.json").read_text())["preprocessing"] == known
+
+
+@pytest.mark.parametrize("trained, from_scratch", [(False, False), (True, False), (False, True)])
+def test_weights_of_the_user_s_are_told(trained, from_scratch, tmp_path):
+    found = record.read(EWGS)
+    found["config"] |= {"weights": {"source": "a.pth", "sha256": "0123456789ab", "trained": trained}}
+    found["config"]["stage"]["from_scratch"] = from_scratch
+    (tmp_path / "model.onnx").touch()
+    assert card.write(tmp_path / "model.onnx", "onnx", "onnxruntime", found, CHECKED, "")
+    text = (tmp_path / "README.md").read_text()
+    assert "the weights of a.pth (sha256 01234567)" in text
+    assert ("with the regularizer kure" in text) == (trained or from_scratch)
+    assert ("unchanged by a regularizer" in text) != (trained or from_scratch)
 
 
 def test_the_hub_reads_what_was_measured_on_the_file(tmp_path):

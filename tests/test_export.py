@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from r2 import export, pack, store
 from r2.config import UserError
-from r2.data.memory import fake
+from r2.data.memory import digits, fake
 from r2.dist import World
 from r2.export import TARGETS
-from r2.export.__main__ import main
+from r2.export.__main__ import _preprocessing, _write, main
 from r2.export.pt2 import pack as pack_codes
 from r2.export.pt2 import unpack
 from r2.models import mobilenet_v1, mobilenet_v2, resnet18
@@ -255,6 +255,14 @@ def test_importing_the_package_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_a_single_example_is_refused(to, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(UserError, match="give at least two examples: with one the batch size would be fixed"):
+        TARGETS[to].load().write(model, tmp_path / f"model.{to}", torch.zeros(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
 class Control(nn.Module):
     def forward(self, x):
         return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
@@ -340,10 +348,14 @@ def told(capsys, *arguments):
 
 
 def test_command_line_errors_are_one_line(tmp_path, capsys, monkeypatch):
-    assert "model.safetensors: cannot be read" in told(capsys, tmp_path)
+    assert f"{tmp_path}: is not finished; start its command again" in told(capsys, tmp_path)
     packed = tmp_path / "model.safetensors"
     pack.save(resnet18(5, 0.25), packed)
-    assert "record.json" in told(capsys, tmp_path)
+    assert "is not finished" in told(capsys, tmp_path)
+    assert "no: there is no such run or file" in told(capsys, tmp_path / "no")
+    (tmp_path / "outputs" / "one").mkdir(parents=True)
+    (tmp_path / "outputs" / "one" / "record.json").touch()
+    assert "outputs: holds runs; name one of them, such as " in told(capsys, tmp_path / "outputs")
     assert told(capsys, tmp_path, "--to", "tflite").startswith("r2: --to tflite: no such target; there are onnx, ")
     assert "--out a.pb: the name of a file for ONNX ends in .onnx" in told(capsys, tmp_path, "--out", "a.pb")
     assert "there is no folder" in told(capsys, tmp_path, "--out", tmp_path / "no" / "a.onnx")
@@ -392,6 +404,22 @@ def test_whole_networks(build, method, tmp_path):
     found = export.check(model, tmp_path / "model.onnx", DATA, World())
     assert found["torch_top1"] > 50
     assert found["equal_predictions"] >= 99.9
+
+
+def test_an_onnx_file_says_how_images_are_normalised(tmp_path):
+    notes = {"image_size": [8, 8], "mean": [0.5, 0.25, 0.125]}
+    model, path = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), tmp_path / "model.onnx"
+    _write(TARGETS["onnx"], model, path, torch.zeros(2, 3, 8, 8), notes)
+    assert {one.key: json.loads(one.value) for one in onnx.load(path).metadata_props} == notes
+
+
+def test_small_data_are_normalised_by_their_own_mean():
+    with_one_channel, config = digits(), {"_target_": "r2.data.memory.digits"}
+    found = _preprocessing(torch.zeros(2, 3, 32, 32), config, with_one_channel)
+    assert found["image_size"] == [32, 32] and len(set(found["mean"])) == 1
+    assert found["mean"] == pytest.approx([with_one_channel.mean.item()] * 3, abs=1e-5)
+    assert found["std"] == pytest.approx([with_one_channel.std.item()] * 3, abs=1e-5)
+    assert _preprocessing(torch.zeros(2, 3, 32, 32), config) == {"image_size": [32, 32]}  # its data are not read
 
 
 @pytest.mark.slow
@@ -452,6 +480,8 @@ def test_data_of_another_machine_are_named_or_left_out(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:3] == ["inputs              images (batch, 3, 32, 32)", "not checked         by --no-check"]
     assert json.loads((run / "model_card.json").read_text())["files"]["model.pt2"]["top1"] is None
+    imagenet = {"image_size": [32, 32], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert json.loads((run / "model_card.json").read_text())["preprocessing"] == imagenet
     pytest.importorskip("coremltools")
     main([str(run), "--to", "coreml", "--no-check"])
     assert capsys.readouterr().out.splitlines()[1] == "inputs              images (1, 3, 32, 32)"

@@ -165,6 +165,11 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path):
     round_trip(resnet18(5, 0.25).eval(), folder / "a.safetensors")
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="x.safetensors: there is no folder .*missing; make it first"):
+        pack.save(nn.Linear(2, 2), tmp_path / "missing" / "x.safetensors")
+
+
 def test_loading_leaves_the_random_state_alone(tmp_path):
     pack.save(resnet18(5, 0.25), tmp_path / "a.safetensors")
     before = torch.get_rng_state()

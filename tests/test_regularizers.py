@@ -29,6 +29,12 @@ def small_model(seed=0):
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8, 4))
 
 
+@pytest.mark.parametrize("kind", [*CLASSES, R.L2])
+def test_a_model_without_weights_is_refused(kind):
+    with pytest.raises(UserError, match="no convolution, linear layer or embedding"):
+        kind(nn.ReLU())
+
+
 def test_equations_by_hand():
     w = torch.tensor([0.1, -0.5, 0.3, 0.2], dtype=torch.float64)
     assert R.l_inf(w) == 0.5

@@ -38,7 +38,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, damage)
         store.load(path)
     said = []
     assert store.load_latest(path, said.append)["x"][0] == 1
-    assert "a.ckpt" in said[0]
+    assert said[0].startswith(f"{path}: ") and said[0].endswith("; resuming from a.previous")
+    assert "delete" not in said[0] and (damage in ("foreign", "empty") or "is damaged" in said[0])
+    path.with_suffix(".previous").write_bytes(b"PK")
+    with pytest.raises(UserError, match="a.ckpt: .*a.previous: is damaged; delete both to start again"):
+        store.load_latest(path, said.append)
+    assert len(said) == 1
 
 
 class Bomb:

@@ -108,12 +108,19 @@ def mistakes(folder):
     altered = bytearray(cut)
     altered[len(cut) // 2] ^= 1
     (folder / "altered.pth").write_bytes(altered)
-    (folder / "text.pth").write_text("<html>")
+    (folder / "text.pth").write_text("expected a file")
+    (folder / "empty.pth").touch()
+    torch.save(own, folder / "old.pth", _use_new_zipfile_serialization=False)
+    (folder / "old.pth").write_bytes((folder / "old.pth").read_bytes()[:-99])
+    damaged = dict.fromkeys(
+        ("cut.pth", "cut.safetensors", "altered.pth", "old.pth"), "is truncated or damaged; copy it again"
+    )
     return {
-        "cut.pth": "cannot be read",
-        "cut.safetensors": "cannot be read",
-        "altered.pth": "damaged at",
-        "text.pth": "is no checkpoint",
+        **damaged,
+        "text.pth": "is not a checkpoint",
+        "empty.pth": "is not a checkpoint",
+        saved(folder / "net.pth", {"net": own}): "it must be bare, or under state_dict, model, model_state_dict or "
+        "model_ema",
         saved(folder / "list.pth", [1, 2]): "holds no state_dict, names with their tensors, but a list",
         saved(folder / "numbers.pth", {"lr": 0.1}): "for lr is a float and no tensor",
         saved(folder / "module.pth", NETWORKS["mbv2"]()): "save its state_dict alone",
@@ -136,6 +143,16 @@ def test_a_file_that_does_not_fit_is_one_line_with_its_name_the_tensor_and_both_
             fitting(tmp_path / path)
         line = str(refused.value)
         assert line.startswith(f"model.weights={tmp_path / path}: ") and expected in line and "\n" not in line, line
+
+
+@pytest.mark.parametrize("model, library", [("rn18", "torchvision, "), ("mbv1", ""), ("mbv2", "torchvision, ")])
+def test_only_what_the_network_takes_is_offered(model, library):
+    wrong = ["no.pth", "timm"] + ["torchvision"] * (model == "mbv1")
+    for source in wrong:
+        with pytest.raises(UserError) as refused:
+            composed(*TINY, f"model={model}", f"model.weights={source}")
+        offered = f" a file, a folder of save_pretrained, {library}or hf_hub:OWNER/NAME/FILE"
+        assert str(refused.value).endswith(offered)
 
 
 def test_a_pickle_with_code_is_refused(tmp_path):

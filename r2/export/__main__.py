@@ -22,12 +22,15 @@ from r2.cli import refusals
 from r2.config import UserError, build, height_and_width, shell_word
 from r2.data.batches import Data
 from r2.data.facts import facts
+from r2.data.memory import Memory
 from r2.dist import World
 from r2.export import card
 from r2.export.trace import named
+from r2.hub import MEAN_AND_STD
 from r2.models import Inputs
 
 _PLACES = ("root", "tokenizer")  # what may differ from the record: the same data, elsewhere
+_BY_IMAGENET = ("r2.data.folder.", "r2.data.shards.", "r2.data.dali.")  # normalise by ImageNet's mean and std
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -65,6 +68,7 @@ def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (
     """
     target = export.target(to)
     target.load()
+    _check_finished(run)
     model = pack.load(run / "model.safetensors")
     found = record.read(run / "record.json")
     packed = found["sha256"].get("packed")  # the oldest records have none
@@ -74,23 +78,27 @@ def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (
     size = facts({**found["config"], "choices": found["choices"]}).image_size
     card.read(out.parent)  # refused before anything is written
     if not check:
-        _write(target, model, out, _examples(model, size))
+        inputs = _examples(model, size)
+        preprocessing = _preprocessing(inputs, config)
+        _write(target, model, out, inputs, preprocessing)
         print("not checked         by --no-check")
-        _describe(run, out, to, places, found, None)
+        _describe(run, out, to, places, found, None, preprocessing)
         return
     world = World()
     with contextlib.closing(_data(config).to(world)) as data:
-        _write(target, model, out, _examples(model, size or getattr(data, "image_size", None)))
+        inputs = _examples(model, size or getattr(data, "image_size", None))
+        preprocessing = _preprocessing(inputs, config, data)
+        _write(target, model, out, inputs, preprocessing)
         checked = export.check(model, out, data, world)
     if checked is None:
         print(f"not checked         {target.runtime} does not run on this system")
-        _describe(run, out, to, places, found, None)
+        _describe(run, out, to, places, found, None, preprocessing)
         return
     print(f"images              {checked['images']}")
     print(f"top-1               torch {checked['torch_top1']:.2f} %, {target.runtime} {checked[f'{to}_top1']:.2f} %")
     print(f"equal predictions   {checked['equal_predictions']:.2f} %")
     print(f"largest difference  {checked['largest_difference']:.2g} of a logit")
-    _describe(run, out, to, places, found, checked)
+    _describe(run, out, to, places, found, checked, preprocessing)
 
 
 def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: list[int] | None = None) -> None:
@@ -108,12 +116,32 @@ def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: list[in
     print("not checked         a packed file alone has no data; its run's folder has")
 
 
+def _check_finished(run: Path) -> None:
+    """
+    Raises:
+        UserError: `run` is no folder of a finished run.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: there is no such run or file")
+    if not (run / "record.json").exists():  # written last
+        if runs := sorted(path.parent.name for path in run.glob("*/record.json")):
+            raise UserError(f"{run}: holds runs; name one of them, such as {run / runs[0]}")
+        raise UserError(f"{run}: is not finished; start its command again")
+
+
 def _describe(
-    run: Path, out: Path, to: str, places: Iterable[str], found: record.Record, checked: dict[str, float] | None
+    run: Path,
+    out: Path,
+    to: str,
+    places: Iterable[str],
+    found: record.Record,
+    checked: dict[str, float] | None,
+    preprocessing: dict[str, Any] | None,
 ) -> None:
     """Enter the file into the card of its folder."""
     words = ["python", "-m", "r2.export", str(run), *places, "--to", to, "--out", str(out)]
-    written = card.write(out, to, export.target(to).runtime, found, checked, " ".join(map(shell_word, words)))
+    command = " ".join(map(shell_word, words))
+    written = card.write(out, to, export.target(to).runtime, found, checked, command, preprocessing)
     kept = "" if written else "; README.md there is not r2's and stays"
     print(f"model card          {out.parent / 'model_card.json'}{kept}")
 
@@ -149,8 +177,26 @@ def _examples(model: nn.Module, image_size: int | list[int] | None) -> Inputs:
     return torch.zeros(2, 3, *height_and_width(size))
 
 
-def _write(target: export.Target, model: nn.Module, out: Path, inputs: Inputs) -> None:
-    target.load().write(model, out, inputs)
+def _preprocessing(inputs: Inputs, config: dict[str, Any], data: Data | None = None) -> dict[str, Any] | None:
+    """Size of an image, and mean and std of its pixels in 0..1 where they are known; None for tokens."""
+    if isinstance(inputs, dict):
+        return None
+    found: dict[str, Any] = {"image_size": list(inputs.shape[2:])}
+    if isinstance(data, Memory):  # by its own images, so only they say it
+        rows = [row.flatten().expand(3).tolist() for row in (data.mean, data.std)]
+    elif config["_target_"].startswith(_BY_IMAGENET):
+        rows = [list(row) for row in MEAN_AND_STD]
+    else:
+        return found
+    mean, std = ([round(value, 6) for value in row] for row in rows)
+    return {**found, "mean": mean, "std": std}
+
+
+def _write(
+    target: export.Target, model: nn.Module, out: Path, inputs: Inputs, preprocessing: dict[str, Any] | None = None
+) -> None:
+    notes = (preprocessing,) if target.suffix == ".onnx" else ()
+    target.load().write(model, out, inputs, *notes)
     print(f"file                {out}, {card.size(out) / 2**20:.3f} MiB")
     shape = ("batch", "length") if isinstance(inputs, dict) else (target.batch or "batch", *inputs.shape[1:])
     sizes = ", ".join(map(str, shape))

@@ -14,12 +14,21 @@ import yaml
 
 from r2 import store
 from r2.config import UserError
+from r2.identity import trains
 from r2.record import Record
 
 _PAPER = "https://arxiv.org/abs/2303.08253"
 
 
-def write(path: Path, target: str, runtime: str, found: Record, checked: dict[str, Any] | None, command: str) -> bool:
+def write(
+    path: Path,
+    target: str,
+    runtime: str,
+    found: Record,
+    checked: dict[str, Any] | None,
+    command: str,
+    preprocessing: dict[str, Any] | None = None,
+) -> bool:
     """Enter the exported file `path` into its folder's card.
 
     Args:
@@ -27,6 +36,7 @@ def write(path: Path, target: str, runtime: str, found: Record, checked: dict[st
         found: the record of the run that it comes from.
         checked: what r2.export.check returned.
         command: that exported it.
+        preprocessing: image_size and, where they are known, mean and std of the pixels in 0..1.
 
     Returns:
         Whether README.md was written; not where it is somebody's own.
@@ -38,6 +48,9 @@ def write(path: Path, target: str, runtime: str, found: Record, checked: dict[st
     before = read(path.parent)
     same = before.get("run") == found["name"]
     card = _facts(found) | ({"license": before["license"], "files": before["files"]} if same else {"files": {}})
+    # Without the data, what an export with them has said stays.
+    known = same and "mean" not in (preprocessing or {})
+    card["preprocessing"] = before.get("preprocessing", preprocessing) if known else preprocessing
     card["files"][path.name] = {
         "target": target,
         "runtime": runtime,
@@ -100,9 +113,8 @@ def render(card: dict[str, Any]) -> str:
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {card['run']}\n",
-        f"{card['architecture']}, trained on {card['data']['name']} with the regularizer {method['regularizer']} and "
-        f"compressed by {method['stage']} ({bits}), by [R^2: Range Regularization for Model Compression and "
-        f"Quantization]({_PAPER}).\n",
+        f"{card['architecture']}{_origin(card)} compressed by {method['stage']} ({bits}).\n",
+        *_input(card["preprocessing"]),
         "| File | Bytes | Runs in | Top-1, measured on the file | Predictions equal to PyTorch's |",
         "|---|---|---|---|---|",
         *rows,
@@ -114,14 +126,42 @@ def render(card: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _origin(card: dict[str, Any]) -> str:
+    """Where the weights come from."""
+    weights, paper = card["weights"], f"[R^2: Range Regularization for Model Compression and Quantization]({_PAPER})"
+    file = weights and f"{weights['source']} (sha256 {weights['sha256'][:8]})"
+    if weights and not weights["trained"]:
+        return f" with the weights of {file}, unchanged by a regularizer, and"
+    begun = f" from the weights of {file}" if weights else ""
+    regularizer = card["method"]["regularizer"]
+    return f", trained on {card['data']['name']}{begun} with the regularizer {regularizer} as in {paper}, and"
+
+
+def _input(preprocessing: dict[str, Any] | None) -> list[str]:
+    if not preprocessing:
+        return []
+    text = "Input: RGB images of {}x{} (height, width)".format(*preprocessing["image_size"])
+    if "mean" in preprocessing:
+        mean, std = (", ".join(map(str, preprocessing[name])) for name in ("mean", "std"))
+        text += f", pixels in 0..1, from which the mean ({mean}) is taken and which are divided by the std ({std})"
+    return [text + ".\n"]
+
+
 def _facts(found: Record) -> dict[str, Any]:
     """What the card says of the run."""
     axes, config = found["axes"], found["config"]
+    weights = config.get("weights")  # an older record has none
     return {
         "run": found["name"],
         "license": "unknown",
         "architecture": axes["model"],
         "model": config["model"],
+        "weights": weights
+        and {
+            "source": weights["source"],
+            "sha256": weights["sha256"],
+            "trained": trains(config) or config["stage"].get("from_scratch", False),
+        },
         "method": {
             "stage": axes["stage"],
             "regularizer": axes["reg"],

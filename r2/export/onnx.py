@@ -7,6 +7,7 @@ Biases stay float.
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +46,8 @@ dequantize.register_fake(lambda values, scale, zero_point: torch.empty_like(valu
 requantize.register_fake(lambda x, scale, zero_point, out_scale: torch.empty_like(x))
 
 
-def write(model: nn.Module, path: Path, inputs: Inputs) -> None:
-    """As r2.export.to_onnx."""
+def write(model: nn.Module, path: Path, inputs: Inputs, notes: dict[str, Any] | None = None) -> None:
+    """As r2.export.to_onnx; `notes` go into the file's metadata_props, each as JSON."""
     import onnx_ir
     import onnxscript
     from onnxscript import opset21 as op
@@ -83,6 +84,7 @@ def write(model: nn.Module, path: Path, inputs: Inputs) -> None:
     graph = program.model.graph
     _narrow(graph, narrow)
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # it names the source files' folders
+    program.model.metadata_props.update({name: json.dumps(note) for name, note in (notes or {}).items()})
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         value.metadata_props.clear()
         if not (value.is_graph_input() or value.is_graph_output()):

@@ -28,8 +28,10 @@ def trace(model: nn.Module, inputs: Inputs) -> ExportedProgram:
         inputs: two or more examples; of images the size is fixed by them.
 
     Raises:
-        UserError: the model cannot be traced; gives torch's reason.
+        UserError: a single example; the model cannot be traced, with torch's reason.
     """
+    if any(len(tensor) < 2 for tensor in named(inputs).values()):
+        raise UserError("give at least two examples: with one the batch size would be fixed")
     # The two separators and what begins a pair are three tokens; of two, one tensor of MobileBERT has another layout.
     dims = {"batch": Dim("batch"), "length": Dim("length", min=3)}
     shapes = tree_map(dims.get, axes(inputs))

@@ -67,7 +67,8 @@ class Regularizer(nn.Module):
             and summed.
 
     Raises:
-        UserError: a weight is computed from other parameters (torch.nn.utils.parametrize, weight_norm, prune).
+        UserError: there is no weight, or one is computed from other parameters (torch.nn.utils.parametrize,
+            weight_norm, prune).
     """
 
     decay = 1.0  # factor on the optimizer's weight decay
@@ -77,6 +78,10 @@ class Regularizer(nn.Module):
         super().__init__()
         self.weight, self.dim = weight, dim
         self._named = weights_of(model)  # a plain dict: the model owns these parameters
+        if not self._named:
+            raise UserError(
+                "the model has no convolution, linear layer or embedding, so there is nothing to regularize"
+            )
         for name, w in self._named.items():
             if not isinstance(w, nn.Parameter):
                 raise UserError(

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from r2.config import Bits, Count, NonNegative, Positive, UserError
 from r2.data.batches import Data
 from r2.dist import sync_batchnorm
+from r2.pack import WIDEST
 from r2.quantizers import ewgs, lsq, pact
 from r2.quantizers.hessian import gradient_scales
 from r2.quantizers.layers import (
@@ -60,6 +61,13 @@ class QAT(Stage):
     quantizer_lr: Positive
     weight_decay: NonNegative
     clip_norm: Positive | None
+
+    def __post_init__(self) -> None:
+        key = "bits" if self.weight_bits == self.bits else "weight_bits"
+        widths = {key: self.weight_bits, **{f"layer_bits.{k}": bits for k, bits in (self.layer_bits or {}).items()}}
+        for key, bits in widths.items():
+            if bits > WIDEST:
+                raise UserError(f"stage.{key}={bits}: a packed file stores weights of at most {WIDEST} bits")
 
     def check(self, model: nn.Module, calibration_images: int) -> None:
         super().check(model, calibration_images)
@@ -200,6 +208,7 @@ class LSQ(QAT):
     step_limit: Positive | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for bits in (self.weight_bits, *(self.layer_bits or {}).values()):
             lsq.bounds(bits, signed=True)
 
@@ -226,6 +235,7 @@ class PACT(QAT):
     alpha_decay: NonNegative
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.input_bits == 1:
             raise UserError("stage.input_bits=1: the image has negative values, which 1 bit cannot sign under pact")
 

@@ -112,7 +112,10 @@ def _read(where: str, weights: dict, config: dict) -> dict[str, Tensor]:
         if kept == "model_ema" and name == "n_averaged":  # of AveragedModel
             continue
         if not isinstance(value, Tensor):
-            raise UserError(f"{where}: holds no state_dict, for {key} is a {type(value).__name__} and no tensor")
+            raise UserError(
+                f"{where}: holds no state_dict, for {key} is a {type(value).__name__} and no tensor; "
+                f"it must be bare, or under {', '.join(_AROUND[:-1])} or {_AROUND[-1]}"
+            )
         if name in named:
             raise UserError(f"{where}: holds {name} twice, once as {key}; save the state_dict of one model")
         named[name] = value
@@ -120,12 +123,14 @@ def _read(where: str, weights: dict, config: dict) -> dict[str, Tensor]:
 
 
 def _unpacked(where: str, content: bytes, safe: bool) -> Any:
-    file = io.BytesIO(content)
+    file, zipped = io.BytesIO(content), content.startswith(b"PK")
+    if not (safe or zipped or content.startswith(b"\x80")):  # how a pickle begins, in which torch.save wrote once
+        raise UserError(f"{where}: is not a checkpoint")
     try:
         if safe:
             return safetensors.torch.load(content)
-        if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):  # torch.load does not look
-            raise ValueError(f"damaged at {damaged}")
+        if zipped and zipfile.ZipFile(file).testzip():  # torch.load does not look
+            raise zipfile.BadZipFile
         file.seek(0)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments in torchvision's checkpoints
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -134,6 +139,8 @@ def _unpacked(where: str, content: bytes, safe: bool) -> Any:
             f"{where}: holds more than tensors and plain values, or is no checkpoint; save its state_dict alone"
         ) from None
     except Exception as error:  # of torch, zipfile or safetensors
+        if not zipped or isinstance(error, zipfile.BadZipFile):
+            raise UserError(f"{where}: is truncated or damaged; copy it again") from None
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(f"{where}: cannot be read ({reason})") from None
 
