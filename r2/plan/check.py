@@ -205,7 +205,7 @@ def _training(cell: Cell, world: World, elsewhere: bool) -> Iterator[str]:
     if elsewhere or not trained or kept + weights <= room:
         return
     parts = (n for n in range(recipe.accumulate + 1, each) if each % n == 0)
-    enough = next((n for n in parts if kept * recipe.accumulate / n + weights <= room), None)
+    enough = next((n for n in parts if sum(step.memory(config, each // n)) <= room), None)
     mend = f"recipe.accumulate={enough} or " if enough else ""
     raise UserError(
         f"memory: training takes about {kept + weights:.2f} GiB of each device, which has {room:.2f} GiB; "

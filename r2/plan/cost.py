@@ -42,7 +42,7 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
             of = f"{axes['data']} {axes['model']} {axes['reg']} seed {axes['seed']}"
             begun = f" from {config['weights']['source']}" if config["weights"] else ""
             if trains(config):
-                yield f"pretraining {of}{begun}, {config['recipe']['epochs']} epochs: {what}"
+                yield f"pretraining {of}{begun}, {count(config['recipe']['epochs'], 'epoch')}: {what}"
             else:
                 yield f"no pretraining {of}:{begun} as it is"
         for cell in group:
