@@ -96,8 +96,8 @@ def speeds(devices: int | str, given: Given | None, *folders: Path | None) -> Sp
 def known_records(folders: Iterable[Path | None]) -> list[record.Record]:
     """Every readable record of the folders that exist: another run's damaged one hinders no plan."""
     found: list[record.Record] = []
-    for folder in folders:
-        for pattern in ("*/record.json", "*/diverged.json", "records/*.json", "*.json") if folder else ():
+    for folder in filter(None, folders):
+        for pattern in ("*/record.json", "*/diverged.json", "records/*.json", "*.json"):
             for path in sorted(folder.glob(pattern)):
                 with contextlib.suppress(UserError):
                     found.append(record.read(path))
