@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from r2 import hub
-from r2.config import GROUPS, UserError, build, check, check_targets, shell_word, take_weights
+from r2.config import GROUPS, UserError, build, check, check_targets, shell_word, signature, take_weights
 from r2.data.facts import FACTS
 from r2.hints import unknown_key, unknown_option
 from r2.paths import CONFIGS
@@ -148,9 +149,11 @@ def words_of(arguments: list[str]) -> list[str]:
     """The command line with `--config-dir DIR` as a key, which a record can hold and a plan takes, and with ~ expanded.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or a word is a key as other programs take it.
     """
     words: list[str] = []
+    for word, before, after in zip(arguments, ["", *arguments], [*arguments[1:], ""], strict=False):
+        _refuse_flag(word, before, after)
     rest = iter(arguments)
     for word in rest:
         flag, equals, folder = word.partition("=")
@@ -164,6 +167,23 @@ def words_of(arguments: list[str]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def _refuse_flag(word: str, before: str, after: str) -> None:
+    """Refuse `--stage ewgs` and `stage ewgs`, of which Hydra's argparse and parser say much and nothing clear."""
+    flag, equals, value = word.partition("=")
+    key = flag.lstrip("-")
+    ours = key.partition(".")[0] in (*GROUPS, *signature("r2.config.Root"))
+    if not word.startswith("-"):
+        wrong = ours and not equals and not before.startswith("-")  # of --cfg job and such, it is the value
+    else:
+        of_hydra = any(option.startswith(flag) for option in get_args_parser()._option_string_actions)
+        wrong = bool(key) and not of_hydra and (ours or word.startswith("--"))
+    if not wrong:
+        return
+    follows = bool(after) and not equals and "=" not in after and not after.startswith("-")
+    written = value or (after if follows else "true" if key in ("check", "force", "plan") else "VALUE")
+    raise UserError(f"{word}{f' {after}' * (follows and word != key)}: write {key}={written}")
 
 
 def grid(words: Iterable[str]) -> dict[str, list[str]]:
@@ -239,14 +259,26 @@ def one_line(error: BaseException) -> str:
             return "hydra/launcher: Hydra's submitit launcher is not installed; pip install 'r2[cluster]'"
         return unknown_option(group, wanted, list(error.options))
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
+        key, equals, value = error.override.partition("=")
+        if not equals:
+            return f"{error.override}: expected key=value, such as reg=margin"
+        if value.endswith(","):
+            return f"{error.override}: ends in a comma"
         message = error.message.replace(error.override, "")  # which may have lines of its own
         lines = [line for line in message.splitlines() if not line.startswith(("Lexer", "Error", "See", " "))]
         why = f" ({re.sub(r'^HydraException while evaluating .*?: ', '', lines[0])})" if lines else ""
-        quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
-        legible = quoted.isprintable() and not set(quoted) & set('"$`\\!')
-        quoted = f'"{quoted}"' if legible else shell_word(quoted)
-        return f"{error.override}: Hydra does not read this{why}; a text with special characters is quoted: {quoted}"
+        return f"{error.override}: Hydra does not read this{why}; {_quoted(key, value)}"
     text = str(error)
+    if several := re.match(r"Ambiguous value for argument '(.*)'$|Sweep parameters '(.*)' requires", text, re.M):
+        word = several[1] or several[2]
+        quoted = f"; {_quoted(*word.split('=', 1))}" if "/" in word else ""
+        return f"{word}: several values make a sweep: add -m{quoted}"
     lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
     return "; ".join(lines[:3])
+
+
+def _quoted(key: str, value: str) -> str:
+    """How a value is written that Hydra should take as a text."""
+    quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    legible = quoted.isprintable() and not set(quoted) & set('"$`\\!')
+    return "a text with special characters is quoted: " + (f'"{quoted}"' if legible else shell_word(quoted))

@@ -112,7 +112,13 @@ def reproduce(request: Request) -> int:
     from r2.plan.speeds import Given
     from r2.report import page
 
+    words = dict(word.split("=", 1) for word in request.overrides)
+    if not request.images_per_second and words.get("devices", "").isdecimal():
+        cost.processes(words["devices"], False)  # before the time that the runs of a table take to compose
     cells = planned(request.experiments, request.overrides)
+    used = sorted({cell.axes["data"] for cell in cells} - {"imagenet", "qnli"})
+    if "data" not in words and used:
+        print(f"on {', '.join(used)}; the paper's are data=imagenet")
     given = Given(cells, request.images_per_second) if request.images_per_second else None
     out = Path(cells[0].config["out"])
     if request.plan:
@@ -125,7 +131,10 @@ def reproduce(request: Request) -> int:
     missing = [cell for cell in cells if not cell.finished(request.records)]
     if cells[0].config["check"]:
         return check_all(missing, given)
-    print(f"r2: {len(cells)} runs, {len(cells) - len(missing)} finished before, {len(missing)} to do", flush=True)
+    print(
+        f"r2: {cost.count(len(cells), 'run')}, {len(cells) - len(missing)} finished before, {len(missing)} to do",
+        flush=True,
+    )
     ready(cell.config for cell in missing)
     reasons = run_all(missing, request.jobs, visible_gpus())
     failed = [cell for cell in missing if not record.path_of(cell.directory).exists()]

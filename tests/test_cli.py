@@ -58,6 +58,18 @@ MISTAKES = {
     "out=a;b": "is quoted",
     "out=a\nb": "out=a\\nb: Hydra does not read this; a text with special characters is quoted: $'out=\\'a\\012b\\''",
     "out=caf\udce9": "out=caf\\udce9: Hydra does not read this; a text with special characters is quoted: $'out=",
+    "reg=l2,margin": "r2: reg=l2,margin: several values make a sweep: add -m\n",
+    "recipe.lr=choice(0.1,0.2)": "recipe.lr=choice(0.1,0.2): several values make a sweep: add -m",
+    "out=runs/a,b": "add -m; a text with special characters is quoted: \"out='runs/a,b'\"",
+    "--stage ewgs": "r2: --stage ewgs: write stage=ewgs\n",
+    "--stage=ewgs": "r2: --stage=ewgs: write stage=ewgs\n",
+    "--check reg=l2": "r2: --check: write check=true\n",
+    "-seed 1": "r2: -seed 1: write seed=1\n",
+    "--bits 2": "r2: --bits 2: write bits=2\n",
+    "reg margin": "r2: reg: write reg=margin\n",
+    "stage.bits": "r2: stage.bits: write stage.bits=VALUE\n",
+    "margin": "r2: margin: expected key=value, such as reg=margin\n",
+    "reg=margin,": "r2: reg=margin,: ends in a comma\n",
     "--config-dir nowhere": "--config-dir nowhere: there is no such folder",
 }
 TRY = """

@@ -21,7 +21,12 @@ def cell(out, *words):
 def problems(capsys, config):
     with pytest.raises(UserError, match="would not start"):
         checking.check(config)
-    return capsys.readouterr().err.splitlines()
+    return told(capsys.readouterr().err)
+
+
+def told(error):
+    """The lines of stderr, but for what the plan is waiting for."""
+    return [line for line in error.splitlines() if "measuring a training step" not in line]
 
 
 def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
@@ -31,10 +36,11 @@ def test_a_run_that_would_start_says_what_it_will_do(tmp_path, capsys):
     for part in ("1 x CPU", "256 training and 100 validation images", "the first batch, 64 for each",
                  "memory: training the float network at recipe.precision=fp32 takes about 0.02 GiB of each",
                  "for 64 examples at once",
-                 "GiB free", "kernels are", f"missing   {of_run.name}", "which need 1 pretrainings",
+                 "GiB free", "kernels are", f"missing   {of_run.name}", "1 run, 0 finished",
+                 "1 missing, which needs 1 pretraining\n", "(recipe.accumulate=2 halves this)",
                  "would start"):  # fmt: skip
         assert part in said.out, part
-    assert not said.err and not (tmp_path / "out").exists()
+    assert not told(said.err) and not (tmp_path / "out").exists()
     assert cell(tmp_path / "out", "check=true").name == of_run.name
 
 
@@ -107,6 +113,30 @@ def test_a_full_disk_is_a_problem(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     (line,) = problems(capsys, cell(tmp_path / "out").config)
     assert "0.00 GiB are free" in line and "choose another with out=DIR" in line
+
+
+def test_too_little_memory_is_a_problem_here_and_not_elsewhere(tmp_path, capsys, monkeypatch):
+    of_run = cell(tmp_path / "out")
+    room = sum(step.memory(of_run.config, 32))
+    monkeypatch.setattr(checking, "_memory_of_each", lambda world: room)
+    (line,) = problems(capsys, of_run.config)
+    assert "of each device, which has" in line and "set recipe.accumulate=2 or a smaller recipe.batch_size" in line
+    checking.check(cell(tmp_path / "out", "recipe.accumulate=2").config)
+    assert "(recipe.accumulate=4 halves this)" in capsys.readouterr().out
+    checking.check(cell(tmp_path / "out", "check=true", "images_per_second=2500").config)
+    of_run.pretraining.directory.mkdir(parents=True)
+    (of_run.pretraining.directory / "model.pt").touch()
+    monkeypatch.setattr(checking, "_progress", lambda cell: ())
+    checking.check(of_run.config)  # nothing is pretrained
+
+
+def test_another_runs_damaged_record_is_no_problem(tmp_path, capsys):
+    of_run = cell(tmp_path / "out")
+    damaged = tmp_path / "out" / "fake_x" / "record.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"schema": 1, ')
+    checking.check(of_run.config)
+    assert not told(capsys.readouterr().err)
 
 
 def test_what_exists_is_locked_or_half_done_is_told(tmp_path, capsys):

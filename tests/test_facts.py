@@ -31,7 +31,7 @@ def test_every_option_is_checked_and_its_cost_estimated(group, option, tmp_path)
     assert own or (known.train_images and known.val_images and known.num_classes)
     assert sum(step.memory(cell.config, 2)) > 0
     lines = list(cost.describe([cell], None, Speeds([], "cpu", given=Given([cell], {"": 100.0}))))
-    assert "1 runs, 0 finished, 1 missing" in " ".join(lines) and any(
+    assert "1 run, 0 finished, 1 missing" in " ".join(lines) and any(
         ("not counted" if own else "estimated") in line for line in lines
     )
 

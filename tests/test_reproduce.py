@@ -167,11 +167,31 @@ def test_every_run_of_a_table_is_checked_for_another_machine(tmp_path, capsys):
         reproduce.main([*words, f"out={tmp_path / 'out'}", "devices=64", "images_per_second=2500"])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and said.count("would start where its data and devices are") == 4
+    assert said.count("devices: 64 GPUs of another machine") == 1  # what all runs have in common is told once
+    assert said.count("python -m r2.run") == 4
     assert said.count("2500 images/s of one GPU as given for mbv1-1.0") == 2
     assert said.count("for mbv1-0.25, by what it keeps in memory against mbv1-1.0") == 2
     with pytest.raises(SystemExit) as stop:
         reproduce.main([*words, f"out={tmp_path / 'out'}", "devices=63", "images_per_second=2500"])
-    assert stop.value.code == 1 and "does not divide by 63 devices" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert stop.value.code == 1 and refused.count("does not divide by 63 devices") == 1
+    assert "4 of 4 runs would not start" in refused
+
+
+def test_devices_are_checked_before_runs_are_composed(monkeypatch, capsys):
+    monkeypatch.setattr(planned, "composed", lambda words: pytest.fail("composed"))
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["table=1", "plan=true", "devices=4096"])
+    assert stop.value.code == 2 and "devices=4096: this machine has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["data=digits"]])
+def test_a_plan_without_data_says_on_which(words, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["table=6", "model=mbv1", "reg=l2", "model.width_mult=0.25", "stage.bits=2", "plan=true",
+                        f"out={tmp_path}", *words])  # fmt: skip
+    first = capsys.readouterr().out.splitlines()[0]
+    assert (first == "on digits; the paper's are data=imagenet") == (not words)
 
 
 # Images/s of MobileNet-V2 in training, by width, as timm has measured an RTX 3090:
@@ -202,7 +222,11 @@ def seconds_of(stage, *words, devices=1):
 
 def test_post_training_stages_are_counted_by_what_they_do():
     none, source = seconds_of("none")
-    assert none > 2 * 100 / 3 / 1000 and source.startswith("1000 images/s") and "post-training counted" in source
+    assert (
+        none > 2 * 100 / 3 / 1000
+        and source.startswith("1000 images/s")
+        and "post-training estimated from training speed" in source
+    )
     assert seconds_of("none", "data.calibration_images=640")[0] > none
     assert seconds_of("dfq")[0] > none == seconds_of("dfq", "stage.bias_correction=none")[0]
     short, long = (seconds_of("adaround", f"stage.iterations={n}")[0] for n in (100, 1100))

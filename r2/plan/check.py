@@ -5,6 +5,7 @@ python -m r2.run data=imagenet model=rn18 devices=8 check=true images_per_second
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from r2.config import UserError, build, last_line
 from r2.console import say
 from r2.data.facts import facts
 from r2.dist import World, device_count
-from r2.identity import Identity
+from r2.identity import Identity, trains
 from r2.plan import cost, step
 from r2.plan.cells import Cell, cell_of
 from r2.plan.speeds import Given
@@ -45,10 +46,56 @@ def check(config: dict, given: Given | None = None) -> None:
     Raises:
         UserError: the run would not start.
     """
-    cell, size, problems = cell_of(config), 0, list[str]()
+    cell = cell_of(config)
     if config["images_per_second"] is not None:
         given = Given([cell], {"": config["images_per_second"]})
-    elsewhere = given is not None
+    problems = _look(cell, given, say)
+    for problem in problems:
+        print(f"r2: {problem}", file=sys.stderr)
+    if problems:
+        raise UserError(f"the run would not start: {cost.count(len(problems), 'problem')}, see above")
+    say(_would_start(given))
+
+
+def check_all(cells: list[Cell], given: Given | None) -> int:
+    """Check many runs, as `check` does, and say once what all have in common; returns how many would not start."""
+    found = []
+    for cell in cells:
+        lines = list[str]()
+        problems = _look(cell, given, lines.append)
+        found.append((cell, lines, problems))
+    several = len(found) > 1
+    for line in (same := _in_all([lines for _, lines, _ in found] if several else [])):
+        say(line)
+    for problem in (hindering := _in_all([problems for *_, problems in found] if several else [])):
+        print(f"r2: {problem}", file=sys.stderr)
+    for cell, lines, problems in found:
+        command = record.command(cell.config)
+        say(command)
+        for line in lines:
+            if line not in same and line.strip() != command:
+                say(line)
+        for problem in problems:
+            if problem not in hindering:
+                print(f"r2: {problem}", file=sys.stderr)
+        say("  would not start" if problems else f"  {_would_start(given)}")
+    failed = sum(bool(problems) for *_, problems in found)
+    if failed:
+        print(f"r2: {failed} of {cost.count(len(found), 'run')} would not start, see above", file=sys.stderr)
+    return failed
+
+
+def _in_all(lists: list[list[str]]) -> list[str]:
+    return [line for line in lists[0] if all(line in other for other in lists)] if lists else []
+
+
+def _would_start(given: Given | None) -> str:
+    return "the run would start" + " where its data and devices are" * (given is not None)
+
+
+def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[str]:
+    """Say what a run will do; returns its problems."""
+    config, size, problems, elsewhere = cell.config, 0, list[str](), given is not None
 
     def tell(lines: Iterable[str]) -> None:
         try:
@@ -63,11 +110,11 @@ def check(config: dict, given: Given | None = None) -> None:
         problems.append(last_line(error))
     world = World(size=max(1, size), device=_device())
     if elsewhere:
-        say(f"devices: {size} GPUs of another machine; data, disk and compiler are not looked at here")
+        say(f"devices: {cost.count(size, 'GPU')} of another machine; data, disk and compiler are not looked at here")
     elif size:
         say(f"devices: {size} x {_device_name(world.device)}")
     if size:
-        tell(_training(config, world))
+        tell(_training(cell, world, elsewhere))
     if not elsewhere:
         tell(_data(cell, world))
         tell(_disk(config))
@@ -77,24 +124,7 @@ def check(config: dict, given: Given | None = None) -> None:
     tell(_progress(cell))
     if size:
         tell(_time(cell, given))
-    for problem in problems:
-        print(f"r2: {problem}", file=sys.stderr)
-    if problems:
-        raise UserError(f"the run would not start: {len(problems)} problem{'s' * (len(problems) > 1)}, see above")
-    say("the run would start" + " where its data and devices are" * elsewhere)
-
-
-def check_all(cells: list[Cell], given: Given | None) -> int:
-    """Check many runs, as `check` does; returns how many would not start."""
-    failed = 0
-    for cell in cells:
-        say(record.command(cell.config))
-        try:
-            check(cell.config, given)
-        except UserError as error:
-            failed += 1
-            print(f"r2: {error}", file=sys.stderr)
-    return failed
+    return problems
 
 
 def ready(configs: Iterable[dict]) -> None:
@@ -134,8 +164,13 @@ def _device_name(device: torch.device) -> str:
 
 def _network(config: dict, num_classes: int | None = None) -> nn.Module:
     """The config's model without values."""
-    with torch.device("meta"):  # where the classes are unknown, they hardly count
-        return build(config["model"], num_classes=num_classes or facts(config).num_classes or 1000)
+    return _built(json.dumps(config["model"]), num_classes or facts(config).num_classes or 1000)  # hardly count
+
+
+@functools.cache
+def _built(model_config: str, num_classes: int) -> nn.Module:
+    with torch.device("meta"):
+        return build(json.loads(model_config), num_classes=num_classes)
 
 
 def _weights(config: dict) -> Iterator[str]:
@@ -153,26 +188,57 @@ def _weights(config: dict) -> Iterator[str]:
     yield f"weights: {given['source']} (sha256 {given['sha256'][:8]}...){head}, {done}"
 
 
-def _training(config: dict, world: World) -> Iterator[str]:
+def _training(cell: Cell, world: World, elsewhere: bool) -> Iterator[str]:
     """Whether the batches can be shared out, and the memory that one takes."""
+    config = cell.config
     recipe = build(config["recipe"])
     check_batches(config["stage"], recipe, world, _network(config))
-    examples = recipe.batch_size // world.size // recipe.accumulate
-    kept, weights = step.memory(config, examples)
+    each = recipe.batch_size // world.size
+    kept, weights = step.memory(config, each // recipe.accumulate)
+    halved = f" (recipe.accumulate={2 * recipe.accumulate} halves this)" * (each % (2 * recipe.accumulate) == 0)
     yield (
         f"memory: training the float network at recipe.precision={recipe.precision} takes about {kept + weights:.2f} "
-        f"GiB of each device, {kept:.2f} of them for {examples:,} examples at once (twice the recipe.accumulate "
-        "halves them)"
+        f"GiB of each device, {kept:.2f} of them for {each // recipe.accumulate:,} examples at once{halved}"
+    )
+    trained = cell.pretraining is None or (trains(config) and not cell.pretrained())
+    room = _memory_of_each(world)
+    if elsewhere or not trained or kept + weights <= room:
+        return
+    parts = (n for n in range(recipe.accumulate + 1, each) if each % n == 0)
+    enough = next((n for n in parts if sum(step.memory(config, each // n)) <= room), None)
+    mend = f"recipe.accumulate={enough} or " if enough else ""
+    raise UserError(
+        f"memory: training takes about {kept + weights:.2f} GiB of each device, which has {room:.2f} GiB; "
+        f"set {mend}a smaller recipe.batch_size"
     )
 
 
+def _memory_of_each(world: World) -> float:
+    """GiB of a GPU, or of a process's share of this machine."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[1] / 2**30
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here / 2**30
+
+
 def _data(cell: Cell, world: World) -> Iterator[str]:
-    data = build(cell.config["data"]).to(world)
-    yield f"data: {cell.axes['data']}, {data.describe()}"
+    config = cell.config
+    yield from _read(
+        json.dumps(config["data"]), cell.axes["data"], config["recipe"]["batch_size"], config["seed"], world
+    )
+
+
+@functools.cache  # the runs of a table mostly read the same
+def _read(data_config: str, name: str, batch_size: int, seed: int, world: World) -> list[str]:
+    data = build(json.loads(data_config)).to(world)
     began = time.perf_counter()
     with contextlib.closing(data):
-        _, labels = next(data.train(cell.config["recipe"]["batch_size"], cell.config["seed"], 0))
-    yield f"data: the first batch, {len(labels):,} for each process, took {time.perf_counter() - began:.2f} s"
+        _, labels = next(data.train(batch_size, seed, 0))
+    took = time.perf_counter() - began
+    return [
+        f"data: {name}, {data.describe()}",
+        f"data: the first batch, {len(labels):,} for each process, took {took:.2f} s",
+    ]
 
 
 def _disk(config: dict) -> Iterator[str]:
@@ -186,7 +252,10 @@ def _fits(config: dict) -> Iterator[str]:
 
 
 def _time(cell: Cell, given: Given | None) -> Iterator[str]:
-    yield from cost.describe([cell], None, cost.speeds(cell.config["devices"], given, Path(cell.config["out"])))
+    yield from cost.describe([cell], None, _speeds(cell.config["devices"], given, Path(cell.config["out"])))
+
+
+_speeds = functools.cache(cost.speeds)  # for the runs of a table, of which each network is measured once
 
 
 def _room(out: Path, model: nn.Module) -> str:

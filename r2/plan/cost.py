@@ -1,5 +1,6 @@
 """The cost of runs: the plan line by line, and the speeds that it assumes."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
             of = f"{axes['data']} {axes['model']} {axes['reg']} seed {axes['seed']}"
             begun = f" from {config['weights']['source']}" if config["weights"] else ""
             if trains(config):
-                yield f"pretraining {of}{begun}, {config['recipe']['epochs']} epochs: {what}"
+                yield f"pretraining {of}{begun}, {count(config['recipe']['epochs'], 'epoch')}: {what}"
             else:
                 yield f"no pretraining {of}:{begun} as it is"
         for cell in group:
@@ -55,14 +56,14 @@ def describe(planned: list[Cell], records: Path | None, speeds: Speeds) -> Itera
             sources |= set(source.split("; "))
             yield f"  missing   {cell.name}" + (f", {duration(seconds)}" if seconds else "")
             yield f"            {record.command(cell.config)}"
-    yield (f"{len(planned)} runs, {len(planned) - missing_runs} finished, {missing_runs} missing, "
-           f"which need {missing_pretrainings} pretrainings")  # fmt: skip
+    yield (f"{count(len(planned), 'run')}, {len(planned) - missing_runs} finished, {missing_runs} missing, "
+           f"which need{'s' * (missing_runs == 1)} {count(missing_pretrainings, 'pretraining')}")  # fmt: skip
     if total:
         known = "; ".join(sorted(sources - {"", UNKNOWN}))
         cost = f" ({total * speeds.processes / 3600:.1f} GPU-hours)" if speeds.device == "cuda" else ""
         yield f"estimated {duration(total)} on {speeds.machine()}{cost}" + (f"; speeds: {known}" if known else "")
     if unknown_runs or unknown_pretrainings:
-        yield (f"not counted: {unknown_runs} runs and {unknown_pretrainings} pretrainings, "
+        yield (f"not counted: {count(unknown_runs, 'run')} and {count(unknown_pretrainings, 'pretraining')}, "
                "of data whose size is not known")  # fmt: skip
 
 
@@ -93,9 +94,16 @@ def speeds(devices: int | str, given: Given | None, *folders: Path | None) -> Sp
 
 
 def known_records(folders: Iterable[Path | None]) -> list[record.Record]:
-    """Every record of the folders that exist."""
+    """Every readable record of the folders that exist: another run's damaged one hinders no plan."""
     found: list[record.Record] = []
-    for folder in folders:
-        if folder is not None and folder.is_dir():
-            found += record.find(folder)
+    for folder in filter(None, folders):
+        for pattern in ("*/diverged.json", "*/record.json", "records/*.json", "*.json"):
+            for path in sorted(folder.glob(pattern)):
+                with contextlib.suppress(UserError):
+                    found.append(record.read(path))
     return found
+
+
+def count(number: int, what: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {what}{'s' * (number != 1)}"

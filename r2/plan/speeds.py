@@ -148,7 +148,7 @@ class Speeds:
             return rate.seconds + evaluation, rate.source
         worth, seconds = post_training(cell.config)
         own = worth * self.processes / trained.images_per_second + seconds
-        return own + evaluation, f"{trained.source}; post-training counted by that of training"
+        return own + evaluation, f"{trained.source}; post-training estimated from training speed"
 
     def _training(self, rate: Rate, cell: Cell, epochs: int) -> tuple[float, str]:
         images = facts(cell.config).train_images

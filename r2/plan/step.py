@@ -1,5 +1,6 @@
 """One training step of a config: its speed on this machine, and its memory on any machine."""
 
+import json
 import time
 
 import torch
@@ -35,6 +36,18 @@ def memory(config: dict, examples: int) -> tuple[float, float]:
     moments, float32 at any precision. The libraries' workspaces and, during backward, a few gradients of activations
     come on top; torch.compile may keep less.
     """
+    known, recipe = facts(config), config["recipe"]
+    size = known.image_size, known.num_classes, config["data"].get("max_length")
+    key = json.dumps([config["model"], size, recipe["precision"], recipe.get("optimizer"), examples])
+    if key not in _counted:  # the runs of a table are of few networks
+        _counted[key] = _memory(config, examples)
+    return _counted[key]
+
+
+_counted: dict[str, tuple[float, float]] = {}
+
+
+def _memory(config: dict, examples: int) -> tuple[float, float]:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
