@@ -25,7 +25,8 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links from one page to another as the site's folders have them: docs/ is its root."""
-    place = {"index.md": ROOT}.get(page.file.src_uri, (DOCS / page.file.src_uri).parent)
+    name = {"index.md": "README.md"}.get(page.file.src_uri, page.file.src_uri)
+    place = (DOCS / name if (DOCS / name).exists() else ROOT / name).parent
 
     def moved(link: re.Match) -> str:
         path = (place / link[1]).resolve()
