@@ -172,9 +172,13 @@ def block(records: list[Record]) -> str:
     body = [[row[0], tables.reg_label(row[1]), *[tables.text(cells.get((row, c))) for c in shown]] for row in rows]
     parts = [f"{key.label}; top-1 in %, mean ± standard deviation (seeds):\n", tables.markdown_grid([header, *body])]
     if found := claims.findings(records).get(key, {}).get(""):
-        judged = [[c.text, *_effects(c, f), f"{f.p:.3f}", str(f.seeds), f.verdict] for c, f in found]
-        parts.append("The paper's claims, tested here. Effects are points of top-1 unless a unit is given; p is "
-                     "adjusted for the number of claims ([intervals](results/claims.md)):\n")  # fmt: skip
+        judged = [
+            [c.text, *_effects(c, f), "< 0.001" if f.p < 0.001 else f"{f.p:.3f}", str(f.seeds), f.verdict]
+            for c, f in found
+        ]
+        parts.append("The paper's claims, tested here. Effects are points of top-1 unless a unit is given, positive in "
+                     "the claim's direction; p is adjusted for the number of claims, and below 0.05 a claim is decided "
+                     "([intervals](results/claims.md)):\n")  # fmt: skip
         parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "p", "Seeds", "Verdict"], *judged]))
     return "\n".join(parts)
 
