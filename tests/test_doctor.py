@@ -173,5 +173,6 @@ def test_a_finished_run_is_told(tmp_path, capsys):
 def test_the_command_line_ends_with_2(r2, tmp_path):
     done = r2("data=imagenet", f"data.root={tmp_path}/none", "recipe=smoke", "check=true")
     assert done.returncode == 2 and "Traceback" not in done.stderr and not r2.out.exists()
-    first, last = done.stderr.splitlines()
+    *measuring, first, last = done.stderr.splitlines()
+    assert [line.split(" of ")[0] for line in measuring] == ["r2: measuring a training step"]
     assert "0 class folders" in first and last == "r2: the run would not start: 1 problem, see above"
