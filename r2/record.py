@@ -182,16 +182,22 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def find(folder: Path) -> list[Record]:
-    """Every record under `folder`: <run>/record.json of runs, or diverged.json of those that have none, and collected
+def paths(folder: Path) -> list[Path]:
+    """Of every record under `folder`: <run>/record.json, or diverged.json of runs that have none, and collected
     ones: records/*.json or, where there is no such folder, its own *.json.
+    """
+    patterns = ("*/record.json", "*/diverged.json", "records/*.json" if (folder / "records").is_dir() else "*.json")
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return [path for path in sorted(found) if path.name != "diverged.json" or path == path_of(path.parent)]
+
+
+def find(folder: Path) -> list[Record]:
+    """Every record under `folder`.
 
     Raises:
         UserError: a file is not a record.
     """
-    patterns = ("*/record.json", "*/diverged.json", "records/*.json" if (folder / "records").is_dir() else "*.json")
-    found = {path for pattern in patterns for path in folder.glob(pattern)}
-    return [read(path) for path in sorted(found) if path.name != "diverged.json" or path == path_of(path.parent)]
+    return [read(path) for path in paths(folder)]
 
 
 def path_of(directory: Path) -> Path:

@@ -97,10 +97,9 @@ def known_records(folders: Iterable[Path | None]) -> list[record.Record]:
     """Every readable record of the folders that exist: another run's damaged one hinders no plan."""
     found: list[record.Record] = []
     for folder in filter(None, folders):
-        for pattern in ("*/diverged.json", "*/record.json", "records/*.json", "*.json"):
-            for path in sorted(folder.glob(pattern)):
-                with contextlib.suppress(UserError):
-                    found.append(record.read(path))
+        for path in record.paths(folder):
+            with contextlib.suppress(UserError):
+                found.append(record.read(path))
     return found
 
 
