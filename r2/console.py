@@ -74,20 +74,20 @@ def comparison(records: Sequence[Mapping[str, Any]]) -> None:
         if axes["stage"] != "fp32":
             row[f"{axes['stage']}\n{bits}"] = cell
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    names, same = (
-        ("data", "model", "regularizer", "seed"),
-        [len(set(values)) == 1 for values in zip(*rows, strict=True)],
-    )
-    common = [f"{name} {value}" for name, value, alike in zip(names, next(iter(rows), ()), same, strict=False) if alike]
+    names = ("data", "model", "regularizer", "seed")
+    differ = [i for i, values in enumerate(zip(*rows, strict=True)) if len(set(values)) > 1]
+    common = [
+        f"{name} {value}"
+        for i, (name, value) in enumerate(zip(names, next(iter(rows)), strict=True))
+        if i not in differ
+    ]
     table = Table(title="the sweep: " + ", ".join(common or ["its runs"]), title_justify="left")
-    for name, alike in zip(names, same, strict=False):
-        if not alike:
-            table.add_column(name, no_wrap=True)
+    for i in differ:
+        table.add_column(names[i], no_wrap=True)
     for name in columns:
         table.add_column(name)
     for kept, row in rows.items():
-        own = [str(value) for value, alike in zip(kept, same, strict=True) if not alike]
-        table.add_row(*own, *(row.get(name, "-") for name in columns))
+        table.add_row(*(str(kept[i]) for i in differ), *(row.get(name, "-") for name in columns))
     console.print(table)
 
 

@@ -16,7 +16,7 @@ from r2.hints import nearest
 # first weights, not its second: those are for images resized to 232 pixels, these for 256, as in r2's evaluation.
 TORCHVISION = {"resnet18": "resnet18-f37072fd.pth", "mobilenet_v2": "mobilenet_v2-b0353104.pth"}
 _HUB = "hf_hub:"
-MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of r2.data.images
+MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, of pixels in [0, 1]
 _SAVED = ("model.safetensors", "pytorch_model.bin")  # what transformers' save_pretrained calls its file
 
 

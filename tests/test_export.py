@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from r2 import export, pack, store
 from r2.config import UserError
+from r2.data.facts import FACTS
 from r2.data.memory import digits, fake
 from r2.dist import World
 from r2.export import TARGETS
@@ -406,20 +407,30 @@ def test_whole_networks(build, method, tmp_path):
     assert found["equal_predictions"] >= 99.9
 
 
-def test_an_onnx_file_says_how_images_are_normalised(tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_file_says_how_images_are_normalised(tmp_path, target):
     notes = {"image_size": [8, 8], "mean": [0.5, 0.25, 0.125]}
-    model, path = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), tmp_path / "model.onnx"
-    _write(TARGETS["onnx"], model, path, torch.zeros(2, 3, 8, 8), notes)
-    assert {one.key: json.loads(one.value) for one in onnx.load(path).metadata_props} == notes
+    model, path = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), tmp_path / f"model{TARGETS[target].suffix}"
+    if target == "coreml":
+        ct = pytest.importorskip("coremltools")
+    _write(TARGETS[target], model, path, torch.zeros(2, 3, 8, 8), notes)
+    if target == "onnx":
+        found = {one.key: one.value for one in onnx.load(path).metadata_props}
+    elif target == "pt2":
+        torch.export.load(path, extra_files=(found := dict.fromkeys(notes, "")))
+    else:
+        said = ct.models.MLModel(str(path), skip_model_load=True).user_defined_metadata
+        found = {name: said[name] for name in notes}
+    assert {name: json.loads(text) for name, text in found.items()} == notes
 
 
 def test_small_data_are_normalised_by_their_own_mean():
-    with_one_channel, config = digits(), {"_target_": "r2.data.memory.digits"}
-    found = _preprocessing(torch.zeros(2, 3, 32, 32), config, with_one_channel)
+    with_one_channel, known = digits(), FACTS["digits"]
+    found = _preprocessing(torch.zeros(2, 3, 32, 32), known, with_one_channel)
     assert found["image_size"] == [32, 32] and len(set(found["mean"])) == 1
     assert found["mean"] == pytest.approx([with_one_channel.mean.item()] * 3, abs=1e-5)
     assert found["std"] == pytest.approx([with_one_channel.std.item()] * 3, abs=1e-5)
-    assert _preprocessing(torch.zeros(2, 3, 32, 32), config) == {"image_size": [32, 32]}  # its data are not read
+    assert _preprocessing(torch.zeros(2, 3, 32, 32), known) == {"image_size": [32, 32]}  # its data are not read
 
 
 @pytest.mark.slow

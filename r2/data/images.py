@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from r2.config import ImageSize, UserError, height_and_width
 from r2.data.batches import IGNORED, Data, mix
 from r2.dist import World, ignore_stop_signals
+from r2.hub import MEAN_AND_STD
 
 PIECE = 16  # images of one task of a worker
 AHEAD = 8  # pieces that each worker may be ahead of the main process
 MOST_BAD = 0.1  # of the images may be skipped
 STALL = 1800.0  # seconds without a piece after which a worker, or the disk, counts as hung
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 
 
 class Source(Protocol):
@@ -81,7 +81,7 @@ class Images(Data):
 
     def to(self, world: World) -> "Data":
         # A row of pixels at a time: a broadcast over 3 channels alone would run in loops of 3.
-        rows = [torch.tensor(values, dtype=torch.float32) * 255 for values in (_MEAN, _STD)]
+        rows = [torch.tensor(values, dtype=torch.float32) * 255 for values in MEAN_AND_STD]
         _, width = height_and_width(self.image_size)
         self._mean, self._std = (row.repeat(width).to(world.device) for row in rows)
         self._stream = None

@@ -21,16 +21,14 @@ from r2 import export, pack, record, store
 from r2.cli import refusals
 from r2.config import UserError, build, height_and_width, shell_word
 from r2.data.batches import Data
-from r2.data.facts import facts
+from r2.data.facts import Facts, facts
 from r2.data.memory import Memory
 from r2.dist import World
 from r2.export import card
 from r2.export.trace import named
-from r2.hub import MEAN_AND_STD
 from r2.models import Inputs
 
 _PLACES = ("root", "tokenizer")  # what may differ from the record: the same data, elsewhere
-_BY_IMAGENET = ("r2.data.folder.", "r2.data.shards.", "r2.data.dali.")  # normalise by ImageNet's mean and std
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,19 +73,19 @@ def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (
     if packed not in (None, store.sha256_of(run / "model.safetensors")):
         raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
     config = _placed(found["config"]["data"], places)
-    size = facts({**found["config"], "choices": found["choices"]}).image_size
+    known = facts({**found["config"], "choices": found["choices"]})
     card.read(out.parent)  # refused before anything is written
     if not check:
-        inputs = _examples(model, size)
-        preprocessing = _preprocessing(inputs, config)
+        inputs = _examples(model, known.image_size)
+        preprocessing = _preprocessing(inputs, known)
         _write(target, model, out, inputs, preprocessing)
         print("not checked         by --no-check")
         _describe(run, out, to, places, found, None, preprocessing)
         return
     world = World()
     with contextlib.closing(_data(config).to(world)) as data:
-        inputs = _examples(model, size or getattr(data, "image_size", None))
-        preprocessing = _preprocessing(inputs, config, data)
+        inputs = _examples(model, known.image_size or getattr(data, "image_size", None))
+        preprocessing = _preprocessing(inputs, known, data)
         _write(target, model, out, inputs, preprocessing)
         checked = export.check(model, out, data, world)
     if checked is None:
@@ -177,15 +175,15 @@ def _examples(model: nn.Module, image_size: int | list[int] | None) -> Inputs:
     return torch.zeros(2, 3, *height_and_width(size))
 
 
-def _preprocessing(inputs: Inputs, config: dict[str, Any], data: Data | None = None) -> dict[str, Any] | None:
+def _preprocessing(inputs: Inputs, known: Facts, data: Data | None = None) -> dict[str, Any] | None:
     """Size of an image, and mean and std of its pixels in 0..1 where they are known; None for tokens."""
     if isinstance(inputs, dict):
         return None
     found: dict[str, Any] = {"image_size": list(inputs.shape[2:])}
     if isinstance(data, Memory):  # by its own images, so only they say it
         rows = [row.flatten().expand(3).tolist() for row in (data.mean, data.std)]
-    elif config["_target_"].startswith(_BY_IMAGENET):
-        rows = [list(row) for row in MEAN_AND_STD]
+    elif known.mean_and_std:
+        rows = [list(row) for row in known.mean_and_std]
     else:
         return found
     mean, std = ([round(value, 6) for value in row] for row in rows)
@@ -195,8 +193,7 @@ def _preprocessing(inputs: Inputs, config: dict[str, Any], data: Data | None = N
 def _write(
     target: export.Target, model: nn.Module, out: Path, inputs: Inputs, preprocessing: dict[str, Any] | None = None
 ) -> None:
-    notes = (preprocessing,) if target.suffix == ".onnx" else ()
-    target.load().write(model, out, inputs, *notes)
+    target.load().write(model, out, inputs, preprocessing)
     print(f"file                {out}, {card.size(out) / 2**20:.3f} MiB")
     shape = ("batch", "length") if isinstance(inputs, dict) else (target.batch or "batch", *inputs.shape[1:])
     sizes = ", ".join(map(str, shape))

@@ -12,9 +12,11 @@ be written on every system; predictions need macOS.
 import contextlib
 import copy
 import io
+import json
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -64,12 +66,13 @@ linear.register_fake(lambda codes, scale, offset, bits, name: torch.empty_like(c
 table.register_fake(_table_shape)
 
 
-def write(model: nn.Module, path: Path, images: Inputs) -> None:
+def write(model: nn.Module, path: Path, images: Inputs, notes: dict[str, Any] | None = None) -> None:
     """Write `model` as a Core ML package for one image at a time, input `images` and output `logits`.
 
     Args:
         path: a folder, ending in .mlpackage; one that stands there is replaced.
         images: one or more of the size that the network is to take.
+        notes: for the package's metadata, each as JSON.
 
     Raises:
         UserError: a layer has no form in Core ML (more than 8 bits), named; Core ML does not take the model, with
@@ -94,7 +97,11 @@ def write(model: nn.Module, path: Path, images: Inputs) -> None:
             )
     except Exception as error:
         raise UserError(f"the model cannot be exported: Core ML does not take it ({reason(error)})") from None
-    _replace(Path(package.package_path), path)
+    for name, note in (notes or {}).items():
+        package.user_defined_metadata[name] = json.dumps(note)
+    with tempfile.TemporaryDirectory() as folder:
+        package.save(whole := str(Path(folder) / path.name))  # with the notes, which the one that convert made lacks
+        _replace(Path(whole), path)
 
 
 def predict(path: Path) -> Callable[[Tensor], Tensor] | None:

@@ -9,6 +9,7 @@ each call.
 
 import copy
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from r2.palettize import Palette, unvectorize, vectorize
 from r2.quantizers.layers import compressed
 
 
-def write(model: nn.Module, path: Path, inputs: Inputs) -> None:
-    """Write `model` as a program.
+def write(model: nn.Module, path: Path, inputs: Inputs, notes: dict[str, Any] | None = None) -> None:
+    """Write `model` as a program; `notes` are in its extra files, each as JSON.
 
     Raises:
         UserError: torch.export does not trace the model.
@@ -42,7 +43,7 @@ def write(model: nn.Module, path: Path, inputs: Inputs) -> None:
     for node in program.graph.nodes:  # of a node the file needs no more; the rest names the source files' folders
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     program.example_inputs = None  # two images of ImageNet are larger than many a model
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={name: json.dumps(note) for name, note in (notes or {}).items()})
     store.write(path, buffer.getvalue())
 
 
