@@ -19,6 +19,7 @@ from r2.dist import World
 from r2.models import Inputs
 from r2.recipe import Recipe, learning_rate
 from r2.regularizers import Regularizer
+from r2.small_maps import fast_on_small_maps
 from r2.store import Run
 from r2.timing import summary
 
@@ -76,7 +77,7 @@ def train(
     upkeep = resume.Upkeep(run, phase, keys, data, steps, every, model, optimizers, scaler, regularizer)
     position, sums = upkeep.position, upkeep.sums
     net = world.parallel(model)
-    forward = torch.compile(net) if recipe.compile else net
+    forward = torch.compile(net) if recipe.compile else fast_on_small_maps(net) if device.type == "cpu" else net
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
     autocast = _autocast(recipe, device)
 

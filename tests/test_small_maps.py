@@ -1,0 +1,57 @@
+"""Convolutions on maps smaller than their kernel: the values and gradients of PyTorch's own."""
+
+import itertools
+from copy import deepcopy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from r2 import models
+from r2.small_maps import SmallMaps, fast_on_small_maps
+
+CASES = [
+    case
+    for case in itertools.product((1, 2, 3, 4), (1, 3), (3, 5), (1, 2), (0, 1, 2, 3), (1, 6))
+    if all(size + 2 * case[4] >= case[2] for size in case[:2])
+]
+
+
+@pytest.mark.parametrize(("height", "width", "kernel", "stride", "padding", "groups"), CASES)
+def test_values_and_gradients(height, width, kernel, stride, padding, groups):
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, height, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(12, 6 // groups, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    inputs = (x, weight, bias)
+    expected = F.conv2d(*inputs, (stride, stride), (padding, padding), (1, 1), groups)
+    with SmallMaps():
+        found = F.conv2d(*inputs, (stride, stride), (padding, padding), (1, 1), groups)
+    torch.testing.assert_close(found, expected)
+    up = torch.randn_like(expected)
+    pairs = zip(torch.autograd.grad(found, inputs, up), torch.autograd.grad(expected, inputs, up), strict=True)
+    for gradient, of_torch in pairs:
+        torch.testing.assert_close(gradient, of_torch)
+
+
+@pytest.mark.parametrize("build", [models.resnet18, models.mobilenet_v1, models.mobilenet_v2])
+def test_a_network_trains_the_same(build):
+    torch.manual_seed(0)
+    model = build(10, 0.25).double()
+    images, found = torch.randn(8, 3, 32, 32, dtype=torch.float64), []
+    for forward in (lambda m: m, fast_on_small_maps):
+        copy = deepcopy(model)
+        torch.manual_seed(1)  # MobileNet-V2's dropout
+        F.cross_entropy(forward(copy)(images), torch.arange(8)).backward()
+        found.append([p.grad for p in copy.parameters()])
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_other_convolutions_are_left_alone():
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    weight = torch.randn(4, 1, 3, 3)
+    for options in ({"padding": "same"}, {"padding": 1}, {"padding": 2, "dilation": 2}):
+        expected = F.conv2d(x, weight, groups=4, **options)
+        with SmallMaps():
+            assert torch.equal(F.conv2d(x, weight, groups=4, **options), expected)
