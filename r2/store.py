@@ -190,6 +190,10 @@ def lock(directory: Path, world: World, say: Any) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 _owner_file(directory).unlink()
             handle.release()
+            with contextlib.suppress(OSError):  # another one has just come
+                if [path.name for path in directory.iterdir()] == [".lock"]:  # of a run that was refused
+                    (directory / ".lock").unlink()
+                    directory.rmdir()
 
 
 def holder(directory: Path) -> str | None:

@@ -131,6 +131,18 @@ def test_a_kill_at_every_step_of_a_save_leaves_a_checkpoint(tmp_path, monkeypatc
     assert steps >= 6 and store.load(path)["x"][0] == 3
 
 
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    refused, begun = tmp_path / "refused", tmp_path / "begun"
+    for directory in (refused, begun):
+        directory.mkdir()
+        with pytest.raises(UserError), store.lock(directory, World(), print):
+            if directory == begun:
+                (directory / "curve.csv").write_text("epoch")
+            raise UserError("no")
+    assert not refused.exists()
+    assert (begun / "curve.csv").exists()
+
+
 def test_a_lock_is_waited_for_and_free_once_its_holder_is_killed(tmp_path):
     def hold():
         with store.lock(tmp_path, World(), print):

@@ -151,7 +151,7 @@ class PACT(Quantizer):
             if self.act_bits == 1 and self.signed:
                 raise UserError("pact at 1 bit: a layer's input has negative values, which 1 bit cannot sign")
             if self.start is None:
-                self.alpha.copy_(_first_clip(x))
+                self.alpha.copy_(_first_clip(x, self.act_bits, bool(self.signed)))
         self.output_scale.fill_(1.0)
         self.output_scale.copy_(output_ratio(self, inputs, weight, operation))
 
@@ -197,10 +197,15 @@ class PACT(Quantizer):
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits}
 
 
-def _first_clip(x: Tensor) -> Tensor:
-    """3 root mean squares of the first batch: it clips a few values, so that the clip has a gradient from the start.
+def _first_clip(x: Tensor, bits: int, signed: bool) -> Tensor:
+    """Of clips between half and six root mean squares of the first batch, the one whose rounding loses least.
 
-    A clip above every value has none: of 28 clips that started at 8, none had moved at the end of a training.
+    It depends on the levels: 2 bits and a sign are three, and at 3 root mean squares 87 % of a normal distribution
+    becomes zero. It clips a few values, so that it has a gradient from the start: of 28 clips that started at 8,
+    above every value, none had moved at the end of a training.
     """
-    size = 3 * x.square().mean().sqrt()
-    return torch.where(size > 0, torch.minimum(size, x.abs().amax()), torch.ones_like(size))
+    size = x.square().mean().sqrt()
+    clips = [torch.minimum(size * quarters / 4, x.abs().amax()) for quarters in range(2, 25)]
+    some = x.flatten()[:: max(1, x.numel() // 100_000)]
+    losses = torch.stack([(quantize_activation(some, clip, bits, signed) - some).square().mean() for clip in clips])
+    return torch.where(size > 0, torch.stack(clips)[losses.argmin()], torch.ones_like(size))

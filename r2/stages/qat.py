@@ -242,6 +242,15 @@ class PACT(QAT):
     def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
         return pact.PACT(weight_bits, act_bits, self.alpha)
 
+    def __call__(
+        self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
+    ) -> tuple[nn.Module, Outcome]:
+        layers = len(quantizable(model))
+        if self.from_scratch and layers > 40 and min(self.weight_bits, self.act_bits) <= 2:
+            run.say(f"pact: 2 bits from scratch may stay at chance in a network of {layers} layers, as in MobileNet-V2 "
+                    "on digits (docs/pilots.md); stage.from_scratch=false fine-tunes instead")  # fmt: skip
+        return super().__call__(model, data, recipe, run, regularizer)
+
     def optimizers(
         self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
     ) -> list[Optimizer]:

@@ -77,7 +77,7 @@ def train(
     upkeep = resume.Upkeep(run, phase, keys, data, steps, every, model, optimizers, scaler, regularizer)
     position, sums = upkeep.position, upkeep.sums
     net = world.parallel(model)
-    forward = torch.compile(net) if recipe.compile else fast_on_small_maps(net) if device.type == "cpu" else net
+    forward = torch.compile(net) if recipe.compile else fast_on_small_maps(net, device)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
     autocast = _autocast(recipe, device)
     choose_convolutions(recipe, device)

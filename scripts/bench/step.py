@@ -3,8 +3,9 @@
 python scripts/bench/step.py [--batch 32] [--size 64] [--rounds 12] [--model resnet18] [--width 1.0] [--count]
 
 Every round times each variant once, in turn, so a busy moment hits all of them; the minimum over rounds
-is printed. "r2 loop" is r2.training.loop with all its checks and
-metrics, against the bare model, loss, backward and optimizer step on the same tensors.
+is printed. Steps compute convolutions as r2 does, "PyTorch's own" as PyTorch does (r2/training/small_maps.py).
+"r2's loop" is r2.training.loop with all its checks and metrics, against the bare model, loss, backward and optimizer
+step on the same tensors.
 
 --count prints instead how many operations each variant gives PyTorch to do, without compiled kernels: on a GPU, about
 what it launches.
@@ -35,6 +36,7 @@ from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, optimizer_of
 from r2.store import Run
 from r2.training.loop import train
+from r2.training.small_maps import fast_on_small_maps
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--batch", type=int, default=32)
@@ -54,11 +56,13 @@ recipe = Recipe(epochs=1, batch_size=arguments.batch, lr=1e-4, weight_decay=1e-4
 original = getattr(models, arguments.model)(1000, arguments.width).to(device, memory_format=torch.channels_last)
 
 
-def training_step(model, optimizers, reg=None) -> Callable[[], None]:
+def training_step(model, optimizers, reg=None, forward=None) -> Callable[[], None]:
+    forward = forward or fast_on_small_maps(model, device)  # as r2's loop has it
+
     def step() -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(forward(images), labels).backward()
         if reg is not None:
             reg.add_gradients()
         for optimizer in optimizers:
@@ -108,7 +112,7 @@ def whole_loop(steps: int) -> None:
 
 def bare_loop(steps: int) -> None:
     model = copy.deepcopy(original)
-    step = training_step(model, [optimizer_of(model, recipe)])
+    step = training_step(model, [optimizer_of(model, recipe)], forward=model)
     for _ in range(steps):
         step()
 
@@ -117,6 +121,8 @@ REGULARIZERS = (regularizers.LInf, regularizers.Margin, regularizers.Kurtosis, r
 variants: dict[str, Callable[[], None]] = {}
 bare = copy.deepcopy(original)
 variants["fp32"] = training_step(bare, [optimizer_of(bare, recipe)])
+plain = copy.deepcopy(original)
+variants["PyTorch's own"] = training_step(plain, [optimizer_of(plain, recipe)], forward=plain)
 F.cross_entropy(bare(images), labels).backward()
 for kind in REGULARIZERS:
     variants[kind.__name__] = gradients_alone(kind(bare))
@@ -176,7 +182,7 @@ print(
 )
 print(f"fp32 step           {1e3 * base:13.1f} ms")
 for name, seconds in best.items():
-    kind = "of the fp32 step" if "W2A2" in name else "added to the fp32 step (loss and gradient)"
+    kind = "of the fp32 step" if "W2A2" in name or "own" in name else "added to the fp32 step (loss and gradient)"
     print(f"{name:<20}{1e3 * seconds:13.1f} ms = {100 * seconds / base:6.1f} % {kind}")
 ratio = long_minus_short["r2"] / long_minus_short["bare"]
 print(f"r2's loop           {100 * long_minus_short['r2']:13.1f} ms = {100 * ratio:6.1f} % of a bare loop, per step")
