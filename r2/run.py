@@ -41,11 +41,13 @@ def experiment(config: dict, world: "World") -> "Record":
     import torch
 
     from r2 import console, pack, record, store
+    from r2.dist import keep_freed_memory
     from r2.pretrain import pretrain, untrained
     from r2.report import layer
     from r2.trackers import Tracker
     from r2.training.loop import check_batches
 
+    keep_freed_memory()
     stage, recipe = build(config["stage"]), build(config["recipe"])
     columns = axes(config, stage)
     identity = of_run(config, columns)
