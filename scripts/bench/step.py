@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2 import models, regularizers
 from r2.data.batches import Data
-from r2.dist import World
+from r2.dist import World, keep_freed_memory
 from r2.kernels import fused
 from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, quantizable, quantizer_parameters, swap
@@ -47,6 +47,7 @@ parser.add_argument("--width", type=float, default=1.0)
 parser.add_argument("--count", action="store_true")
 arguments = parser.parse_args()
 
+keep_freed_memory()  # as r2's commands do
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
