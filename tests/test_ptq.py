@@ -77,13 +77,12 @@ def compress(tmp_path, monkeypatch):
 
 
 def assert_agree(model, sim, x):
-    """Equal but for activations that sit on the edge between two levels."""
+    """Equal but for activations that sit on the edge between two levels; float64 leaves few, on every processor."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours, theirs = model(x), sim.model(x)
+        ours, theirs = (copy.deepcopy(m).double()(x.double()) for m in (model, sim.model))
     off = (ours - theirs).abs() / theirs.std()
-    # How many sit there differs by processor: 23 % of one network's logits by AVX2, fewer by AVX-512.
-    assert (off < 1e-4).float().mean() > 0.6 and off.mean() < 0.01
+    assert (off < 1e-4).float().mean() > 0.8 and off.mean() < 0.01
     assert (ours.argmax(1) == theirs.argmax(1)).float().mean() > 0.98
 
 
