@@ -145,7 +145,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what this process frees for its next step, instead of handing it back to the system.
 
     A training step on a CPU allocates and frees the same tensors again and again; by default thousands of its pages are
-    new in every step, which costs up to a sixth of the time. Blocks above 32 MiB are not kept, the most glibc allows.
+    new in every step. Blocks above 32 MiB are not kept, the most glibc allows.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library

@@ -1,17 +1,21 @@
 """LSQ, PACT and DoReFa against their formulas, element by element in float64 (numpy)."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_security import composed
 from torch import nn
 
-from r2.config import UserError
+from r2.config import UserError, build
 from r2.models import mobilenet_v1
 from r2.quantizers import lsq, pact
 from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, layer_bits, quantizable, signal_to_noise, swap
+from r2.stages import qat
 
 DTYPES = [(torch.float64, 1e-10), (torch.float32, 2e-4)]
 SHAPES = [(6, 7), (3, 16, 12, 12)]
@@ -215,3 +219,15 @@ def test_the_first_clip_suits_the_number_of_levels(bits, signed):
     losses = [(pact.quantize_activation(x, rms * k / 10, bits, signed) - x).square().mean() for k in range(3, 60)]
     assert (quantizer.act(x) - x).square().mean() <= 1.05 * min(losses)
     assert (quantizer.act(x) != 0).float().mean() > 0.3
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["model=mbv2"], 1), (["model=mbv1"], 0), (["model=mbv2", "stage.bits=4"], 0),
+    (["model=mbv2", "stage.from_scratch=false"], 0),
+])  # fmt: skip
+def test_a_training_that_may_stay_at_chance_is_told_before_it_begins(words, said, monkeypatch):
+    monkeypatch.setattr(qat.QAT, "__call__", lambda *_: None)  # the training itself
+    config, lines = composed("stage=pact", *words), []
+    build(config["stage"])(build(config["model"], num_classes=10), None, None, SimpleNamespace(say=lines.append), None)
+    assert len(lines) == said
+    assert all("stage.from_scratch=false" in line for line in lines)

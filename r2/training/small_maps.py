@@ -1,7 +1,7 @@
 """Fast weight gradients of convolutions on maps smaller than their kernel, on a CPU.
 
 There PyTorch falls back to plain code: on the 1x1 and 2x2 maps in which networks made for ImageNet end at 32x32, the
-weight gradient of a depthwise convolution takes 30 to 140 times its forward pass (torch 2.14, AMD EPYC with AVX2).
+weight gradient of a depthwise convolution takes many times its forward pass (scripts/bench/step.py --size 32).
 """
 
 from collections.abc import Callable
