@@ -5,6 +5,7 @@ reads and writes the whole tensor. TORCH_COMPILE_DISABLE=1 (PyTorch's own switch
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,27 +28,45 @@ class fused:
 
     def __init__(self, function: Callable, at_least: int = 4096):
         self.plain, self.at_least = function, at_least
-        self._compiled: Callable | None = None
+        self._compiled: list[Any] = []
+        self._chosen: dict[tuple, Callable] = {}
 
-    def __call__(self, first: torch.Tensor, *rest: Any) -> Any:
-        if torch.compiler.is_exporting():  # a program for any length, which has none yet to look at
+    def __call__(self, first: torch.Tensor, *rest: torch.Tensor | float | None) -> Any:
+        # torch.compile of a whole model fuses this function itself; an export records it for any length
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return self.plain(first, *rest)
         short = first.numel() < self.at_least and first.device.type != "cuda"  # where a launch costs the same for any
         if short or first.dtype == torch.float64 or torch.is_grad_enabled():
             return self.plain(first, *rest)
         # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
         args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in (first, *rest))
-        if self._compiled is None:
-            self._compiled = torch.compile(self.plain, dynamic=True, fullgraph=True)
+        kind = (
+            first.device, torch.get_num_threads(), torch.is_autocast_enabled(first.device.type),
+            *[(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args],
+        )  # fmt: skip
+        if kind not in self._chosen:
+            self._chosen[kind] = self._kernel(args)
+        return self._chosen[kind](*args)
+
+    def _kernel(self, args: tuple) -> Callable:
+        """One that is right for these arguments. What torch.compile returns would look for it anew at every call, which
+        takes longer than most kernels."""
+        for kernel in self._compiled:
+            if kernel.guard_check(*args):
+                return kernel
+        if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+            return self.plain
         try:
-            return self._compiled(*args)
+            compiled: Any = torch.compile(self.plain, dynamic=True, fullgraph=True)
+            kernel = compiled.aot_compile((args, {}))
         except Exception as error:  # no C++ compiler or Triton on this machine
-            if self._compiled is self.plain:
-                raise
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"{self.plain.__name__} is not fused, and slower: {reason}", stacklevel=2)
-            self._compiled = self.plain
-            return self.plain(*args)
+            warnings.warn(f"{self.plain.__name__} is not fused, and slower: {reason}", stacklevel=4)
+            self._kernel = lambda args: self.plain  # type: ignore[method-assign]
+            return self.plain
+        kernel.disable_guard_check()
+        self._compiled.append(kernel)
+        return kernel
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
