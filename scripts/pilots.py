@@ -9,7 +9,7 @@ from pathlib import Path
 
 from r2 import record
 
-SETTINGS = ("fold_constant", "weight_init", "temperature_mode", "step_limit", "alpha")
+SETTINGS = ("fold_constant", "weight_init", "temperature_mode", "step_limit", "act_init", "alpha")
 
 
 def main(folder: Path) -> None:

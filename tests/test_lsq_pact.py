@@ -221,6 +221,28 @@ def test_the_first_clip_suits_the_number_of_levels(bits, signed):
     assert (quantizer.act(x) != 0).float().mean() > 0.3
 
 
+@pytest.mark.parametrize("kept", [0.5, 0.1])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_first_step_of_an_input_fits_sparse_inputs_too(bits, signed, kept):
+    """2 mean|x| / sqrt(q_max) clips most of the others where most inputs are zero."""
+    torch.manual_seed(0)
+    x = (torch.randn(4096) if signed else torch.randn(4096).relu()) * (torch.rand(4096) < kept)
+    low, high = lsq.bounds(bits, signed)
+
+    def loss(step):
+        return (lsq.quantize(x, step, low, high) - x).square().mean()
+
+    quantizer = lsq.LSQ(bits, bits, act_init="fitted")
+    quantizer.initialise([x], torch.randn(8, 4096), torch.nn.functional.linear)
+    best = min(loss(x.abs().max() / high * k / 100) for k in range(1, 101))
+    assert loss(quantizer.act_step) <= 1.15 * best
+    if bits == 2 and not signed and kept == 0.1:
+        official = lsq.LSQ(bits, bits)
+        official.initialise([x], torch.randn(8, 4096), torch.nn.functional.linear)
+        assert loss(official.act_step) > 2 * best
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (["model=mbv2"], 1), (["model=mbv1"], 0), (["model=mbv2", "stage.bits=4"], 0),
     (["model=mbv2", "stage.from_scratch=false"], 0),

@@ -6,14 +6,14 @@ Backward:  dx = g  on the closed interval q_min <= x / s <= q_max, else 0
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from r2.config import UserError
 from r2.kernels import flat, fused, matching, unflat
-from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid, values
+from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid, best_clip, values
 
 
 def quantize(x: Tensor, step: Tensor, quant_min: int, quant_max: int, grad_scale: float | None = None) -> Tensor:
@@ -115,6 +115,9 @@ class LSQ(Quantizer):
     Args:
         weight_bits, act_bits: widths; act_bits None leaves the input as it is.
         channels: steps of the weight, one per output channel, or 1.
+        act_init: 'official' starts the input's step at 2 mean|x| / sqrt(q_max); 'fitted' where it rounds the first
+            batch best. Behind a ReLU most inputs are zero and their mean is small: at 2 bits the official step clips
+            most of the others, and the gradient grows from layer to layer.
     """
 
     weight_step: nn.Parameter
@@ -126,10 +129,16 @@ class LSQ(Quantizer):
     act_half: Tensor
     act_top: Tensor
 
-    def __init__(self, weight_bits: int, act_bits: int | None, channels: int = 1):
+    def __init__(
+        self,
+        weight_bits: int,
+        act_bits: int | None,
+        channels: int = 1,
+        act_init: Literal["official", "fitted"] = "official",
+    ):
         super().__init__()
         bounds(weight_bits, signed=True)
-        self.weight_bits, self.act_bits, self.channels = weight_bits, act_bits, channels
+        self.weight_bits, self.act_bits, self.channels, self.act_init = weight_bits, act_bits, channels, act_init
         self.weight_step = nn.Parameter(torch.ones(()) if channels == 1 else torch.ones(channels))
         self.act_step = nn.Parameter(torch.ones(()), requires_grad=act_bits is not None)
         self.register_buffer("signed", torch.tensor(0.0))
@@ -142,13 +151,17 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def initialise(self, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> None:
-        """2 mean|x| / sqrt(q_max), of the weight and of the first batch."""
+        """2 mean|x| / sqrt(q_max), of the weight and, if official, of the first batch."""
         start = _first_step(_rows(weight, self.weight_step), weight.new_full((), self._weight_bounds()[1]))
         self.weight_step.copy_(start.view_as(self.weight_step))
         if self.act_bits is not None:
             x = values(inputs)
             self.signed.copy_(x.min() < 0)
-            self.act_step.copy_(_first_step(x.reshape(1, -1), self._act_bounds()[1]).view(()))
+            if self.act_init == "official":
+                self.act_step.copy_(_first_step(x.reshape(1, -1), self._act_bounds()[1]).view(()))
+            else:
+                low, high = (int(bound) for bound in self._act_bounds())
+                self.act_step.copy_(best_clip(x, lambda x, clip: quantize(x, clip / high, low, high)) / high)
 
     def _weight_bounds(self) -> tuple[int, int]:
         return bounds(self.weight_bits, signed=True)

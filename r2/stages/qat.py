@@ -201,10 +201,12 @@ class LSQ(QAT):
 
     Args:
         granularity: one step per weight tensor or per output channel.
+        act_init: first step of a layer's input; 'fitted' rounds the first batch best.
         step_limit: the gradient of a step is at most this times the step; null is the official rule.
     """
 
     granularity: Literal["tensor", "channel"]
+    act_init: Literal["official", "fitted"]
     step_limit: Positive | None
 
     def __post_init__(self) -> None:
@@ -213,7 +215,7 @@ class LSQ(QAT):
             lsq.bounds(bits, signed=True)
 
     def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
-        return lsq.LSQ(weight_bits, act_bits, channels if self.granularity == "channel" else 1)
+        return lsq.LSQ(weight_bits, act_bits, channels if self.granularity == "channel" else 1, self.act_init)
 
     def before_update(self, parameters: list[nn.Parameter]) -> Callable[[], None] | None:
         return None if self.step_limit is None else partial(lsq.bound_gradients, parameters, self.step_limit)
