@@ -124,12 +124,12 @@ def values(inputs: Sequence[Tensor]) -> Tensor:
 def best_clip(x: Tensor, rounded: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """0-d: the clip with which `rounded(x, clip)` is nearest to x in square mean; 1 if x is zero everywhere.
 
-    Of clips in steps of 12 % between half and sixteen root mean squares, none above the largest |x|, so that each has a
+    Of clips in steps of 12 % between half and 64 root mean squares, none above the largest |x|, so that each has a
     gradient from the start. 100,000 values decide at most.
     """
     size = x.square().mean().sqrt()
     some = x.flatten()[:: max(1, x.numel() // 100_000)]
-    clips = [torch.minimum(size * 2 ** (k / 6), x.abs().amax()) for k in range(-6, 25)]
+    clips = [torch.minimum(size * 2 ** (k / 6), x.abs().amax()) for k in range(-6, 37)]
     losses = torch.stack([(rounded(some, clip) - some).square().mean() for clip in clips])
     return torch.where(size > 0, torch.stack(clips)[losses.argmin()], torch.ones_like(size))
 
