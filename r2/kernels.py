@@ -21,13 +21,12 @@ class fused:
 
     The function itself runs where a compiled kernel does not pay or does not fit: short tensors on a CPU, float64
     (held against formulas), inside a graph that is to be differentiated again, and while torch.export records it.
-
-    Args:
-        at_least: elements of the first argument from which the kernel pays.
     """
 
-    def __init__(self, function: Callable, at_least: int = 4096):
-        self.plain, self.at_least = function, at_least
+    at_least = 4096  # elements of the first argument from which a kernel pays on a CPU
+
+    def __init__(self, function: Callable):
+        self.plain = function
         self._compiled: list[Any] = []
         self._chosen: dict[tuple, Callable] = {}
 

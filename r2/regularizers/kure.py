@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import Count, NonNegative, Positive
-from r2.regularizers.regularizer import Columns, Regularizer, kernel, take, wide
+from r2.kernels import fused
+from r2.regularizers.regularizer import Columns, Regularizer, take, wide
 
 
 def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
@@ -68,14 +69,14 @@ class Kurtosis(Regularizer):
         _kurtosis_gradient(w, grad, coefficients)
 
 
-@kernel
+@fused
 def _moments(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w = wide(w)
     square = w * w
     return w.sum(), square.sum(), (square * w).sum(), (square * square).sum()
 
 
-@kernel
+@fused
 def _kurtosis_gradient(w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
     mean, inverse, cubic, linear, constant = coefficients.unbind()
     z = (wide(w) - mean) * inverse

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import Count, NonNegative, Positive
-from r2.kernels import argmax_abs
-from r2.regularizers.regularizer import Columns, Regularizer, add_at, kernel, take, wide
+from r2.kernels import argmax_abs, fused
+from r2.regularizers.regularizer import Columns, Regularizer, add_at, take, wide
 
 
 def l_inf(w: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class LInf(Regularizer):
         return measured[:, 0], None
 
 
-@kernel
+@fused
 def _largest(w: Tensor, grad: Tensor, scale: float) -> Tensor:
     index = argmax_abs(w)
     value = w.index_select(0, index)
@@ -114,7 +114,7 @@ class Margin(Regularizer):
         }
 
 
-@kernel
+@fused
 def _margin(w: Tensor, grad: Tensor, m: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     w, m = wide(w), m.abs()
     excess = (w.abs() - m).relu()
@@ -183,7 +183,7 @@ class SoftMinMax(Regularizer):
         return {"temperature_min": alpha.min().item(), "temperature_max": alpha.max().item()}
 
 
-@kernel
+@fused
 def _soft_sums(w: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
     low, high = w.amin(), w.amax()
     w, low, high = wide(w), wide(low), wide(high)
@@ -194,7 +194,7 @@ def _soft_sums(w: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
     return p.sum(), pw.sum(), (pw * w).sum(), q.sum(), qw.sum(), (qw * w).sum(), top, bottom
 
 
-@kernel
+@fused
 def _soft_gradient(w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
     # p (1 + alpha (w - s_max)) - q (1 - alpha (w - s_min)), the constants folded
     alpha, top, bottom, p0, p1, q0, q1 = coefficients.unbind()

@@ -1,17 +1,13 @@
 """What every regularizer shares: the weights it reads, and one fused pass over all of them."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from r2.config import UserError
-from r2.kernels import flat, fused
-
-# Shorter tensors are faster through plain PyTorch than the compiler's start-up is worth.
-kernel = partial(fused, at_least=1 << 18)
+from r2.kernels import flat
 
 KINDS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding
