@@ -31,7 +31,7 @@ from r2.dist import World, keep_freed_memory
 from r2.kernels import fused
 from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, quantizable, quantizer_parameters, swap
-from r2.quantizers.lsq import LSQ
+from r2.quantizers.lsq import LSQ, bound_gradients
 from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, optimizer_of
 from r2.store import Run
@@ -57,7 +57,7 @@ recipe = Recipe(epochs=1, batch_size=arguments.batch, lr=1e-4, weight_decay=1e-4
 original = getattr(models, arguments.model)(1000, arguments.width).to(device, memory_format=torch.channels_last)
 
 
-def training_step(model, optimizers, reg=None, forward=None) -> Callable[[], None]:
+def training_step(model, optimizers, reg=None, forward=None, bound=None) -> Callable[[], None]:
     forward = forward or fast_on_small_maps(model, device)  # as r2's loop has it
 
     def step() -> None:
@@ -66,6 +66,8 @@ def training_step(model, optimizers, reg=None, forward=None) -> Callable[[], Non
         F.cross_entropy(forward(images), labels).backward()
         if reg is not None:
             reg.add_gradients()
+        if bound is not None:
+            bound()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -82,7 +84,11 @@ def quantized_step(kind) -> Callable[[], None]:
     swap(layers, lambda name: kind(2, 2))
     calibrate(model, layers, images)
     scales = quantizer_parameters(layers)
-    return training_step(model, [optimizer_of(model, recipe, apart=scales), torch.optim.Adam(scales, 1e-5, fused=True)])
+    sgd = optimizer_of(model, recipe, apart=scales)
+    if kind is EWGS:
+        return training_step(model, [sgd, torch.optim.Adam(scales, 1e-5, fused=True)])
+    sgd.add_param_group({"params": scales, "weight_decay": 0.0})
+    return training_step(model, [sgd], bound=partial(bound_gradients, scales, 1.0) if kind is LSQ else None)
 
 
 class OneBatch(Data):
