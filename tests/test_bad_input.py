@@ -325,6 +325,7 @@ def test_a_folder_that_changed_before_a_run_goes_on_is_named(root, tmp_path):
     moved.rename(root)
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_pretraining_are_found_again_wherever_the_data_lie(root, capsys):
     """Other data under the same config are named: a stage would train on what the model was to be tested on."""
     words = [*ten_classes(root), "data.workers=0", f"out={root / 'out'}", "stage.bits=4"]

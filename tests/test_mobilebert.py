@@ -316,6 +316,7 @@ def test_a_cached_repository_needs_no_network(few, source, tmp_path):
     assert done.stdout.split("\n")[0].startswith("192 training and 64 validation pairs"), done.stderr
 
 
+@pytest.mark.slow
 def test_offline_says_what_to_download_and_where_to_put_it(r2, source, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache"), "R2_DATA": str(tmp_path)}
     model = r2("data=qnli", "model=mobilebert", env=offline)

@@ -90,7 +90,7 @@ def test_left_out_layers_and_bits_by_pattern(r2):
         (["stage=lsq", "data.calibration_images=1"], "data.calibration_images=1: "),
     ],
 )
-@pytest.mark.parametrize("check", ["true", "false"])
+@pytest.mark.parametrize("check", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_batchnorm_over_one_image_is_refused_before_training(r2, arguments, expected, check):
     done = r2(*SMALL, "model=rn18", f"check={check}", *arguments)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -103,7 +103,9 @@ def test_the_hessian_passes_over_a_last_batch_of_one(r2):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("stage", ["fp32", "ewgs", "lsq", "pact", "dkm"])
+@pytest.mark.parametrize(
+    "stage", ["fp32", "ewgs", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("lsq", "pact", "dkm"))]
+)
 def test_a_record_s_accuracy_is_its_file_s_in_any_precision(r2, stage):
     """Autocast moves values off their grids: measured in it, LSQ W3A3 recorded 1.65 points more than its file gives."""
     done = r2(*SMALL, "model=mbv1", f"stage={stage}", "recipe.precision=bf16", "reg=l2")

@@ -192,6 +192,7 @@ def test_without_a_network_one_line_says_where_torchvisions_file_belongs(tmp_pat
         weights.fitting(network, config)
 
 
+@pytest.mark.slow
 def test_the_hubs_cache_is_enough(tmp_path, r2):
     commit = "0" * 40
     repository = tmp_path / "hub" / "models--me--mine"

@@ -134,6 +134,7 @@ def test_a_network_without_a_pair_to_equalize_is_refused_by_dfq():
     check(network("timm", "mobilenetv3_small_050"), 8)
 
 
+@pytest.mark.slow
 def test_timms_weights_come_from_the_hub_or_its_cache(tmp_path, r2):
     """Their place in the cache is known by the network's name; a network that expects other images trains on."""
     repository = tmp_path / "hub" / "models--timm--mobilenetv3_small_050.lamb_in1k"
