@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from r2 import models
-from r2.training.small_maps import SmallMaps, fast_on_small_maps
+from r2.training.small_maps import fast_on_small_maps, small_maps
 
 CASES = [
     case
@@ -25,7 +25,7 @@ def test_values_and_gradients(height, width, kernel, stride, padding, groups):
     bias = torch.randn(12, dtype=torch.float64, requires_grad=True)
     inputs = (x, weight, bias)
     expected = F.conv2d(*inputs, (stride, stride), (padding, padding), (1, 1), groups)
-    with SmallMaps():
+    with small_maps():
         found = F.conv2d(*inputs, (stride, stride), (padding, padding), (1, 1), groups)
     torch.testing.assert_close(found, expected)
     up = torch.randn_like(expected)
@@ -54,5 +54,14 @@ def test_other_convolutions_are_left_alone(options):
     torch.manual_seed(0)
     x, layer = torch.randn(2, 4, 2, 2), torch.nn.Conv2d(4, 4, 3, groups=4, **options)
     expected = layer(x)
-    with SmallMaps():
+    with small_maps():
         assert torch.equal(layer(x), expected)
+
+
+def test_other_ways_to_call_it_give_the_same():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 2, 2), torch.randn(4, 1, 3, 3, requires_grad=True)
+    with small_maps():
+        found = F.conv2d(x, weight, padding=1, groups=4)
+    assert F.conv2d is torch.conv2d  # it is put back
+    assert torch.equal(found, F.conv2d(x, weight, padding=1, groups=4))

@@ -27,7 +27,7 @@ from r2.config import UserError
 from r2.models import Add, Multiply
 from r2.quantizers.layers import quantizable
 from r2.stages.graph import Places
-from r2.training.small_maps import SmallMaps
+from r2.training.small_maps import small_maps
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def adaround(work: Work, count: int, batch_size: int, **settings: Any) -> nn.Mod
     with (
         mock.patch.object(adaround_optimizer, "BATCH_SIZE", batch_size),  # a constant of AIMET's
         mock.patch.object(adaround_weight, "progress_bar", _progress),
-        SmallMaps(),
+        small_maps(),
     ):
         return Adaround.apply_adaround(
             work.net,
