@@ -80,7 +80,7 @@ def test_backwards_on_meta(network, method):
     model.to("meta")
     with OnDevice():
         model(torch.empty(4, 3, 64, 64, device="meta")).sum().backward()
-        lsq.bound_gradients(scales, 1.0)
+        lsq.bound_gradients(scales)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in model.parameters() if p.requires_grad)
 

@@ -190,9 +190,23 @@ def test_a_step_s_gradient_is_bounded_by_the_step():
     steps = [torch.nn.Parameter(torch.tensor(0.5)), torch.nn.Parameter(torch.tensor([2.0, -0.1]))]
     steps.append(torch.nn.Parameter(torch.tensor(1.0)))  # not used in this step
     steps[0].grad, steps[1].grad = torch.tensor(-15660.0), torch.tensor([0.3, 9.0])
-    lsq.bound_gradients(steps, 0.5)
-    assert steps[0].grad.item() == -0.25 and steps[2].grad is None
-    torch.testing.assert_close(steps[1].grad, torch.tensor([0.3, 0.05]))
+    lsq.bound_gradients(steps)
+    assert steps[0].grad.item() == -0.5 and steps[2].grad is None
+    torch.testing.assert_close(steps[1].grad, torch.tensor([0.3, 0.1]))
+
+
+def test_an_update_changes_a_step_by_a_part_of_itself():
+    """Momentum from the time when a step was larger carried it through zero: a loss that is not finite at epoch 6."""
+    step, other = torch.nn.Parameter(torch.tensor([1.0, -1.0, 1.0])), torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = torch.optim.SGD([step, other], 0.1, momentum=0.9)
+    lsq.bound_updates(optimizer, [step], 0.1)
+    for update in range(1, 101):
+        step.grad, other.grad = torch.tensor([1.0, -1.0, 0.0]), torch.tensor(1.0)
+        lsq.bound_gradients([step])
+        optimizer.step()
+        expected = torch.tensor([0.9**update, -(0.9**update), 1.0])
+        torch.testing.assert_close(step.detach(), expected)
+    assert other < -1  # what is not a step moves freely
 
 
 def test_clips_start_in_the_first_batch_and_have_a_gradient():

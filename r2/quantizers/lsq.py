@@ -83,19 +83,42 @@ def _gradients(
 
 
 @torch.no_grad()
-def bound_gradients(steps: Sequence[nn.Parameter], limit: float) -> None:
-    """Clip every step's gradient to `limit` times the step, between backward and the optimizer's update.
+def bound_gradients(steps: Sequence[nn.Parameter]) -> None:
+    """Clip every step's gradient to the step, between backward and the clipping of all gradients.
 
-    SGD with momentum m then changes a step by at most lr limit / (1 - m) of itself in an update. A layer whose outputs
-    have almost no variance gets gradients of any size through BatchNorm, and one of them would throw its step away.
+    A layer whose outputs have almost no variance gets gradients of any size through BatchNorm. One of them would leave
+    nothing of the others when they are clipped together, and stay in the momentum.
     """
     pairs = [(step.grad, step.abs()) for step in steps if step.grad is not None]
     if pairs:
         gradients, most = map(list, zip(*pairs, strict=True))
-        torch._foreach_mul_(most, limit)
-        torch._foreach_minimum_(gradients, most)  # type: ignore[arg-type]
-        torch._foreach_neg_(most)
-        torch._foreach_maximum_(gradients, most)  # type: ignore[arg-type]
+        _clamp(gradients, list(torch._foreach_neg(most)), most)
+
+
+def bound_updates(optimizer: torch.optim.Optimizer, steps: Sequence[nn.Parameter], limit: float) -> None:
+    """From now on an update of `optimizer` changes a step by at most `limit` of itself, so that it keeps its sign.
+
+    Bounded gradients alone do not stop a step that shrinks: its bound shrinks too, and cannot turn the momentum of the
+    time when it was larger, which carries it through zero.
+    """
+    before: list[Tensor] = []
+
+    @torch.no_grad()
+    def keep(*_: Any) -> None:
+        before[:] = [step.detach().clone() for step in steps]
+
+    @torch.no_grad()
+    def bound(*_: Any) -> None:
+        reach = torch._foreach_mul(torch._foreach_abs(before), limit)
+        _clamp(list(steps), list(torch._foreach_sub(before, reach)), list(torch._foreach_add(before, reach)))
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(bound)
+
+
+def _clamp(values: list[Tensor], low: list[Tensor], high: list[Tensor]) -> None:
+    torch._foreach_maximum_(values, low)  # type: ignore[arg-type]
+    torch._foreach_minimum_(values, high)  # type: ignore[arg-type]
 
 
 def bounds(bits: int, signed: bool) -> tuple[int, int]:

@@ -202,7 +202,8 @@ class LSQ(QAT):
     Args:
         granularity: one step per weight tensor or per output channel.
         act_init: first step of a layer's input; 'fitted' rounds the first batch best.
-        step_limit: the gradient of a step is at most this times the step; null is the official rule.
+        step_limit: an update changes a step by at most this times itself, and its gradient is at most the step; null is
+            the official rule.
     """
 
     granularity: Literal["tensor", "channel"]
@@ -218,7 +219,15 @@ class LSQ(QAT):
         return lsq.LSQ(weight_bits, act_bits, channels if self.granularity == "channel" else 1, self.act_init)
 
     def before_update(self, parameters: list[nn.Parameter]) -> Callable[[], None] | None:
-        return None if self.step_limit is None else partial(lsq.bound_gradients, parameters, self.step_limit)
+        return None if self.step_limit is None else partial(lsq.bound_gradients, parameters)
+
+    def optimizers(
+        self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, regularizer: Regularizer | None
+    ) -> list[Optimizer]:
+        (optimizer,) = super().optimizers(model, parameters, recipe, regularizer)
+        if self.step_limit is not None:
+            lsq.bound_updates(optimizer, parameters, self.step_limit)
+        return [optimizer]
 
 
 @dataclass(frozen=True, kw_only=True)

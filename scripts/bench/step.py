@@ -31,7 +31,7 @@ from r2.dist import World, keep_freed_memory
 from r2.kernels import fused
 from r2.quantizers.ewgs import EWGS
 from r2.quantizers.layers import calibrate, quantizable, quantizer_parameters, swap
-from r2.quantizers.lsq import LSQ, bound_gradients
+from r2.quantizers.lsq import LSQ, bound_gradients, bound_updates
 from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, optimizer_of
 from r2.store import Run
@@ -88,7 +88,9 @@ def quantized_step(kind) -> Callable[[], None]:
     if kind is EWGS:
         return training_step(model, [sgd, torch.optim.Adam(scales, 1e-5, fused=True)])
     sgd.add_param_group({"params": scales, "weight_decay": 0.0})
-    return training_step(model, [sgd], bound=partial(bound_gradients, scales, 1.0) if kind is LSQ else None)
+    if kind is LSQ:
+        bound_updates(sgd, scales, 0.1)
+    return training_step(model, [sgd], bound=partial(bound_gradients, scales) if kind is LSQ else None)
 
 
 class OneBatch(Data):
