@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 # Where there is a CUDA toolkit and no GPU, the first compilation would warn of that.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -39,6 +40,9 @@ class fused:
             return self.plain(first, *rest)
         # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
         args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in (first, *rest))
+        # a kernel reads memory, which a fake tensor does not have, and is not seen by make_fx
+        if type(args[0]) is not torch.Tensor or get_proxy_mode() is not None:
+            return self.plain(first, *rest)
         kind = (
             first.device, torch.get_num_threads(), torch.is_autocast_enabled(first.device.type),
             *[(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args],

@@ -12,7 +12,7 @@ sweep() {
 sweep stage=none stage.fold_constant=true,false "$@"
 sweep stage=ewgs stage.weight_init=capped,official "$@"
 sweep stage=dkm stage.bits=1 stage.temperature_mode=relative,absolute "$@"
-sweep stage=lsq stage.step_limit=1.0,null "$@"
+sweep stage=lsq stage.act_init=fitted,official stage.step_limit=0.1,null "$@"
 sweep stage=dfq "$@"
 sweep stage=dkm stage.bits=2 stage.temperature_mode=relative,absolute "$@"
 sweep stage=dkm stage.bits=4 stage.temperature_mode=relative,absolute "$@"

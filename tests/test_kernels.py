@@ -6,12 +6,16 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from r2.kernels import fused
 
 COMPILED = """
 import sys, warnings
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from r2.kernels import fused
 
 warnings.simplefilter("error")
@@ -68,3 +72,18 @@ def test_without_a_compiler_the_function_runs_as_it_is(monkeypatch):
         assert torch.equal(doubled(x), 2 * x)
     with torch.no_grad():
         assert torch.equal(doubled(torch.ones(6000)), torch.full((6000,), 2.0))  # and warns once
+
+
+def test_a_fake_tensor_and_a_trace_get_the_function_itself():
+    """A kernel would read memory that a fake tensor does not have, and a trace would not see it."""
+
+    @fused
+    def tripled(x):
+        return 3 * x
+
+    tripled._kernel = lambda args: pytest.fail("a kernel was asked for")
+    with torch.no_grad():
+        with FakeTensorMode():
+            assert tripled(torch.empty(5000)).shape == (5000,)
+        traced = make_fx(lambda x: tripled(x))(torch.ones(5000))
+        assert torch.equal(traced(torch.full((5000,), 2.0)), torch.full((5000,), 6.0))

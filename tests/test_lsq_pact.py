@@ -14,7 +14,7 @@ from r2.config import UserError, build
 from r2.models import mobilenet_v1
 from r2.quantizers import lsq, pact
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, layer_bits, quantizable, signal_to_noise, swap
+from r2.quantizers.layers import best_clip, calibrate, layer_bits, quantizable, signal_to_noise, swap
 from r2.stages import qat
 
 DTYPES = [(torch.float64, 1e-10), (torch.float32, 2e-4)]
@@ -193,6 +193,22 @@ def test_a_step_s_gradient_is_bounded_by_the_step():
     lsq.bound_gradients(steps)
     assert steps[0].grad.item() == -0.5 and steps[2].grad is None
     torch.testing.assert_close(steps[1].grad, torch.tensor([0.3, 0.1]))
+
+
+@pytest.mark.parametrize("features", [512, 768])
+def test_the_clip_is_chosen_by_every_feature(features):
+    """Values at equal distances would be of every fourth feature here."""
+    torch.manual_seed(0)
+    x = torch.randn(4096, features) * torch.where(torch.arange(features) % 2 == 1, 20.0, 1.0)
+    clip = best_clip(x, lambda x, clip: lsq.quantize(x, clip, -2, 1))
+    losses = {k: (lsq.quantize(x, torch.tensor(float(k)), -2, 1) - x).square().mean() for k in range(2, 60, 2)}
+    assert (lsq.quantize(x, clip, -2, 1) - x).square().mean() < 1.05 * min(losses.values())
+    assert best_clip((x * 1e-4).half(), lambda x, clip: lsq.quantize(x, clip, -2, 1)) < 0.02  # and in float16
+
+
+def test_one_signed_bit_is_refused():
+    with pytest.raises(UserError, match="1 bit cannot sign"):
+        lsq.LSQ(2, 1).initialise([torch.randn(4, 8)], torch.randn(3, 8), torch.nn.functional.linear)
 
 
 def test_an_update_changes_a_step_by_a_part_of_itself():

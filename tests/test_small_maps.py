@@ -62,6 +62,6 @@ def test_other_ways_to_call_it_give_the_same():
     torch.manual_seed(0)
     x, weight = torch.randn(4, 2, 2), torch.randn(4, 1, 3, 3, requires_grad=True)
     with small_maps():
-        found = F.conv2d(x, weight, padding=1, groups=4)
+        found = F.conv2d(input=x, weight=weight, padding=1, groups=4)
     assert F.conv2d is torch.conv2d  # it is put back
     assert torch.equal(found, F.conv2d(x, weight, padding=1, groups=4))

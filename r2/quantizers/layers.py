@@ -127,9 +127,12 @@ def best_clip(x: Tensor, rounded: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     Of clips in steps of 12 % between half and 64 root mean squares, none above the largest |x|, so that each has a
     gradient from the start. 100,000 values decide at most.
     """
-    size = x.square().mean().sqrt()
-    some = x.flatten()[:: max(1, x.numel() // 100_000)]
-    clips = [torch.minimum(size * 2 ** (k / 6), x.abs().amax()) for k in range(-6, 37)]
+    x = x.detach().reshape(-1).to(torch.promote_types(x.dtype, torch.float32))
+    size, largest = x.square().mean().sqrt(), x.abs().amax()
+    some = x
+    if len(x) > 100_000:  # drawn, for equal distances would meet the same features again and again
+        some = x[torch.randint(len(x), (100_000,), generator=torch.Generator().manual_seed(0)).to(x.device)]
+    clips = [torch.minimum(size * 2 ** (k / 6), largest) for k in range(-6, 37)]
     losses = torch.stack([(rounded(some, clip) - some).square().mean() for clip in clips])
     return torch.where(size > 0, torch.stack(clips)[losses.argmin()], torch.ones_like(size))
 

@@ -180,6 +180,8 @@ class LSQ(Quantizer):
         if self.act_bits is not None:
             x = values(inputs)
             self.signed.copy_(x.min() < 0)
+            if self.act_bits == 1 and self.signed:
+                raise UserError("lsq at 1 bit: a layer's input has negative values, which 1 bit cannot sign")
             if self.act_init == "official":
                 self.act_step.copy_(_first_step(x.reshape(1, -1), self._act_bounds()[1]).view(()))
             else:

@@ -214,6 +214,10 @@ class LSQ(QAT):
         super().__post_init__()
         for bits in (self.weight_bits, *(self.layer_bits or {}).values()):
             lsq.bounds(bits, signed=True)
+        if self.step_limit is not None and self.step_limit >= 1:
+            raise UserError(
+                f"stage.step_limit={self.step_limit}: must be below 1, or a step may become 0; null is no limit"
+            )
 
     def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
         return lsq.LSQ(weight_bits, act_bits, channels if self.granularity == "channel" else 1, self.act_init)

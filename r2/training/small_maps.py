@@ -37,7 +37,7 @@ def small_maps() -> AbstractContextManager:
 
 
 def _conv2d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -45,11 +45,11 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    larger = weight.shape[2] > x.shape[-2] and weight.shape[3] > x.shape[-1]
+    larger = weight.shape[2] > input.shape[-2] and weight.shape[3] > input.shape[-1]
     plain = isinstance(stride, tuple) and isinstance(padding, tuple) and dilation == (1, 1)  # as nn.Conv2d calls it
     if larger and plain and torch.is_grad_enabled():
-        return _convolve(x, weight, bias, stride, padding, groups)
-    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return _convolve(input, weight, bias, stride, padding, groups)
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple, padding: tuple, groups: int) -> Tensor:
