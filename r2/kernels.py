@@ -29,6 +29,7 @@ class fused:
     def __init__(self, function: Callable):
         self.plain = function
         self._compiled: list[Any] = []
+        self._fails = False
         self._chosen: dict[tuple, Callable] = {}
 
     def __call__(self, first: torch.Tensor, *rest: torch.Tensor | float | None) -> Any:
@@ -57,7 +58,7 @@ class fused:
         for kernel in self._compiled:
             if kernel.guard_check(*args):
                 return kernel
-        if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        if self._fails or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
             return self.plain
         try:
             compiled: Any = torch.compile(self.plain, dynamic=True, fullgraph=True)
@@ -65,7 +66,7 @@ class fused:
         except Exception as error:  # no C++ compiler or Triton on this machine
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"{self.plain.__name__} is not fused, and slower: {reason}", stacklevel=4)
-            self._kernel = lambda args: self.plain  # type: ignore[method-assign]
+            self._fails = True
             return self.plain
         kernel.disable_guard_check()
         self._compiled.append(kernel)

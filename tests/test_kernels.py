@@ -12,10 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from r2.kernels import fused
 
 COMPILED = """
-import sys, warnings
+import warnings
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from r2.kernels import fused
 
 warnings.simplefilter("error")

@@ -81,9 +81,8 @@ def assert_agree(model, sim, x):
     simulated = copy.deepcopy(sim.model)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for (
-            module
-        ) in simulated.modules():  # AIMET rounds weights at every call: on an edge, in float64 to the other side
+        # AIMET rounds weights at every call: on an edge, in float64 to the other side
+        for module in simulated.modules():
             quantizers = getattr(module, "param_quantizers", {})
             if "weight" in quantizers and quantizers["weight"] is not None:
                 module.weight.data = quantizers["weight"](module.weight).dequantize()

@@ -117,8 +117,8 @@ def bound_updates(optimizer: torch.optim.Optimizer, steps: Sequence[nn.Parameter
 
 
 def _clamp(values: list[Tensor], low: list[Tensor], high: list[Tensor]) -> None:
-    torch._foreach_maximum_(values, low)  # type: ignore[arg-type]
-    torch._foreach_minimum_(values, high)  # type: ignore[arg-type]
+    torch._foreach_maximum_(values, low)
+    torch._foreach_minimum_(values, high)
 
 
 def bounds(bits: int, signed: bool) -> tuple[int, int]:

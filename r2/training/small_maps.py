@@ -31,7 +31,7 @@ def small_maps() -> AbstractContextManager:
     """Within it F.conv2d, which nn.Conv2d calls, leaves out the taps of a kernel that meet only padding.
 
     Results and gradients stay what they are, up to the order in which a sum is taken. A TorchFunctionMode would leave F
-    alone, but it is called for every operation and every attribute of a tensor: 4 % of an LSQ step on MobileNet-V2.
+    alone, but it is called for every operation and every attribute of a tensor.
     """
     return mock.patch.object(F, "conv2d", _conv2d)
 
