@@ -225,6 +225,24 @@ def test_an_update_changes_a_step_by_a_part_of_itself():
     assert other < -1  # what is not a step moves freely
 
 
+@pytest.mark.parametrize(("limit", "least"), [("0.1", 0.89), ("null", -10.0)])
+def test_the_stage_bounds_its_updates_as_its_key_says(limit, least):
+    config = composed("stage=lsq", f"stage.step_limit={limit}")
+    stage, recipe = build(config["stage"]), build(config["recipe"])
+    model, step = nn.Linear(2, 2), nn.Parameter(torch.tensor(1.0))
+    (optimizer,) = stage.optimizers(model, [step], recipe, None)
+    step.grad = torch.tensor(15660.0)
+    if before := stage.before_update([step]):
+        before()
+    optimizer.step()
+    assert step < 0.91 and (step > least) == (limit != "null")
+
+
+def test_a_limit_that_lets_a_step_become_zero_is_refused():
+    with pytest.raises(UserError, match=r"stage.step_limit=1.0: must be below 1"):
+        build(composed("stage=lsq", "stage.step_limit=1.0")["stage"])
+
+
 def test_clips_start_in_the_first_batch_and_have_a_gradient():
     """A clip above every value gets none: 28 clips that started at 8 ended at 8."""
     torch.manual_seed(0)
