@@ -11,7 +11,8 @@ from torch import nn
 from r2.config import UserError, build
 from r2.models import Inputs
 from r2.paths import CONFIGS
-from r2.quantizers.layers import LAYERS, calibrate, compressed, obstacle
+from r2.quantizers.calibration import calibrate
+from r2.quantizers.layers import LAYERS, compressed, obstacle
 from r2.stages.dkm import DKM
 from r2.stages.qat import QAT
 

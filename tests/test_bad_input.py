@@ -22,8 +22,9 @@ from r2.export.__main__ import export_run
 from r2.palettize import Palette
 from r2.plan import cells as planned
 from r2.quantizers.affine import Activation, Affine
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, quantizable, signal_to_noise, swap
+from r2.quantizers.layers import quantizable, signal_to_noise, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 from r2.recipe import Recipe

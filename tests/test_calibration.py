@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from r2 import models
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, quantizable, swap
+from r2.quantizers.layers import quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 

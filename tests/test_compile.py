@@ -8,7 +8,8 @@ from r2 import palettize
 from r2.clustering import passes
 from r2.palettize import Palette
 from r2.quantizers import ewgs, lsq, pact
-from r2.quantizers.layers import calibrate, quantizable, swap
+from r2.quantizers.calibration import calibrate
+from r2.quantizers.layers import quantizable, swap
 
 QUANTIZERS = {
     "ewgs": lambda channels: ewgs.EWGS(2, 2, 1e-3),

@@ -16,8 +16,9 @@ from r2.dist import World
 from r2.models import mobilenet_v1, mobilenet_v2, resnet18
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, quantize_output
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, compressed, quantizable, swap
+from r2.quantizers.layers import compressed, quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 

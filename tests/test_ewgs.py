@@ -7,8 +7,9 @@ from torch import nn
 
 from r2.models import mobilenet_v1
 from r2.quantizers import ewgs
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.hessian import gradient_scales
-from r2.quantizers.layers import calibrate, quantizable, swap
+from r2.quantizers.layers import quantizable, swap
 
 
 def reference(x, lower, upper, bits, delta, grad):

@@ -22,8 +22,9 @@ from r2.export.pt2 import unpack
 from r2.models import mobilenet_v1, mobilenet_v2, resnet18
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, compressed, quantizable, swap
+from r2.quantizers.layers import compressed, quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 from r2.record import SCHEMA, digest

@@ -6,8 +6,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from r2 import kernels, models, regularizers
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, quantizable, swap
+from r2.quantizers.layers import quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 

@@ -13,8 +13,9 @@ from torch import nn
 from r2.config import UserError, build
 from r2.models import mobilenet_v1
 from r2.quantizers import lsq, pact
+from r2.quantizers.calibration import best_clip, calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import best_clip, calibrate, layer_bits, quantizable, signal_to_noise, swap
+from r2.quantizers.layers import layer_bits, quantizable, signal_to_noise, swap
 from r2.stages import qat
 
 DTYPES = [(torch.float64, 1e-10), (torch.float32, 2e-4)]

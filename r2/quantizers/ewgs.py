@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from r2.kernels import flat, fused, matching, unflat
-from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid, output_ratio, values
+from r2.quantizers.calibration import output_ratio, values
+from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid
 
 
 def quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int, delta: float | Tensor = 0.0) -> Tensor:

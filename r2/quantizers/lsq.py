@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from r2.config import UserError
 from r2.kernels import flat, fused, matching, unflat
-from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid, best_clip, values
+from r2.quantizers.calibration import best_clip, values
+from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid
 
 
 def quantize(x: Tensor, step: Tensor, quant_min: int, quant_max: int, grad_scale: float | None = None) -> Tensor:

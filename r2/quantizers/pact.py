@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from r2.config import UserError
 from r2.kernels import argmax_abs, flat, fused, matching, unflat
-from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid, best_clip, output_ratio, values
+from r2.quantizers.calibration import best_clip, output_ratio, values
+from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid
 
 
 def quantize_activation(x: Tensor, alpha: Tensor, bits: int, signed: bool = False) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from r2 import models, pack, store
 from r2.cli import refusals
 from r2.paths import PAPER
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, quantizable, swap
+from r2.quantizers.layers import quantizable, swap
 
 
 def table1(folder: Path) -> dict[tuple[int, bool], float]:

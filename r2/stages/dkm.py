@@ -10,7 +10,8 @@ from r2.config import Bits, Count, NonNegative, Positive, UserError
 from r2.data.batches import Data
 from r2.dist import sync_batchnorm
 from r2.palettize import Palette, relative_temperature
-from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise, swap
+from r2.quantizers.calibration import check_weights
+from r2.quantizers.layers import compressed, layer_bits, quantizable, signal_to_noise, swap
 from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.record import Outcome
 from r2.regularizers import Regularizer

@@ -24,7 +24,8 @@ from r2 import console
 from r2.config import Bits, Count, Fraction, NonNegative, Positive, UserError
 from r2.data.batches import IGNORED, Data
 from r2.dist import end_with_parent
-from r2.quantizers.layers import check_weights, compressed, layer_bits, quantizable, signal_to_noise
+from r2.quantizers.calibration import check_weights
+from r2.quantizers.layers import compressed, layer_bits, quantizable, signal_to_noise
 from r2.recipe import Recipe
 from r2.record import Outcome
 from r2.regularizers import Regularizer

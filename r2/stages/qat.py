@@ -17,10 +17,10 @@ from r2.data.batches import Data
 from r2.dist import sync_batchnorm
 from r2.pack import WIDEST
 from r2.quantizers import ewgs, lsq, pact
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.hessian import gradient_scales
 from r2.quantizers.layers import (
     Quantizer,
-    calibrate,
     layer_bits,
     levels_in_use,
     quantizable,

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from r2 import models
 from r2.palettize import Palette, hard, initial_centroids, vectorize
-from r2.quantizers.layers import calibrate, quantizable, swap
+from r2.quantizers.calibration import calibrate
+from r2.quantizers.layers import quantizable, swap
 from r2.recipe import Recipe, optimizer_of
 
 parser = argparse.ArgumentParser()

@@ -36,8 +36,9 @@ from r2 import models, regularizers
 from r2.clustering import passes
 from r2.palettize import Palette, initial_centroids, vectorize
 from r2.paths import REPOSITORY
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, quantizable, swap
+from r2.quantizers.layers import quantizable, swap
 from r2.quantizers.lsq import LSQ
 from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, optimizer_of

@@ -29,8 +29,9 @@ from r2 import models, regularizers
 from r2.data.batches import Data
 from r2.dist import World, keep_freed_memory
 from r2.kernels import fused
+from r2.quantizers.calibration import calibrate
 from r2.quantizers.ewgs import EWGS
-from r2.quantizers.layers import calibrate, quantizable, quantizer_parameters, swap
+from r2.quantizers.layers import quantizable, quantizer_parameters, swap
 from r2.quantizers.lsq import LSQ, bound_gradients, bound_updates
 from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, optimizer_of
