@@ -176,9 +176,12 @@ def block(records: list[Record]) -> str:
             [c.text, *_effects(c, f), "< 0.001" if f.p < 0.001 else f"{f.p:.3f}", str(f.seeds), f.verdict]
             for c, f in found
         ]
-        parts.append("The paper's claims, tested here. Effects are points of top-1 unless a unit is given, positive in "
-                     "the claim's direction; p is adjusted for the number of claims, and below 0.05 a claim is decided "
-                     "([intervals](results/claims.md)):\n")  # fmt: skip
+        parts.append(
+            "The paper's claims, tested here. Effects are points of top-1, dB of SQNR, or the log of the crest "
+            "max|w| / std. A positive effect is in the claim's favour, except in claims of no change. In claims of no "
+            "loss or no difference, 1 point counts as none. p is adjusted for the number of claims; below 0.05 a claim "
+            "is decided ([intervals](results/claims.md)):\n"
+        )
         parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "p", "Seeds", "Verdict"], *judged]))
     return "\n".join(parts)
 
