@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import shlex
 import sys
@@ -36,6 +37,12 @@ class Diverged(UserError):
 def last_line(error: BaseException) -> str:
     """What a UserError says. One that was raised in a data loader's worker carries its traceback in the message."""
     return printable(str(error).strip().rpartition("\nr2.config.UserError: ")[2])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line, cut to 200 characters, of another library's error; its type where it has no text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def printable(text: str) -> str:
@@ -274,4 +281,9 @@ def build(node: dict, *args: Any, **kwargs: Any) -> Any:
 
     # Not by Hydra's instantiate: it would read the resolved values once more, and a ${...} that is text as a reference.
     values = {key: copy.deepcopy(value) for key, value in node.items() if key != "_target_"}
-    return get_object(node["_target_"])(*args, **values, **kwargs)
+    target = get_object(node["_target_"])
+    try:
+        inspect.signature(target).bind(*args, **values, **kwargs)
+    except TypeError as error:
+        raise UserError(f"{node['_target_']}: {error}; the config must have this key") from None
+    return target(*args, **values, **kwargs)

@@ -57,29 +57,38 @@ class Phase:
             print(f"{self.name}: {text}", file=sys.stdout, flush=True)
 
 
+_AXES = {"data", "model", "model.width_mult", "model.name", "reg", "seed", "stage", "stage.bits", "stage.weight_bits",
+         "stage.act_bits", "stage.dim"}  # fmt: skip
+
+
 def comparison(records: Sequence[Mapping[str, Any]]) -> None:
     """The closing table of a sweep: a row per pretrained model, a column per stage with its accuracy and file."""
     rows: dict[tuple, dict[str, str]] = {}
-    for record in records:
+    swept = [[word for word in r["overrides"] if word.partition("=")[0] not in _AXES] for r in records]
+    common_words = set.intersection(*map(set, swept))
+    for record, words in zip(records, swept, strict=True):
+        settings = [word for word in words if word not in common_words]
+        of_stage = "".join("\n" + word.removeprefix("stage.") for word in settings if word.startswith("stage."))
+        others = " ".join(word for word in settings if not word.startswith("stage."))
         axes, size = record["axes"], record["size"]["file_mib"]
         bits = "".join(f"{letter}{axes[key]}" for letter, key in (("W", "weight_bits"), ("A", "act_bits"), ("d", "dim"))
                        if axes.get(key))  # fmt: skip
         cell = f"{record['metrics']['top1']:.2f} %" + (f"\n{size:.2f} MiB" if size else "")
-        kept = (axes["data"], axes["model"], axes["reg"], axes["seed"])
+        kept = (axes["data"], axes["model"], axes["reg"], axes["seed"], others)
         row = rows.setdefault(kept, {"full\nprecision": "-"})
         if record["fp32"]:
             row["full\nprecision"] = f"{record['fp32']['top1']:.2f} %"
             row["largest\nweight"] = f"{record['weights_summary']['max_abs']:.2f}"
             row["kurtosis"] = f"{record['weights_summary']['kurtosis']:.2f}"
         if axes["stage"] != "fp32":
-            row[f"{axes['stage']}\n{bits}"] = cell
+            row[f"{axes['stage']}\n{bits}{of_stage}"] = cell
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    names = ("data", "model", "regularizer", "seed")
+    names = ("data", "model", "regularizer", "seed", "settings")
     differ = [i for i, values in enumerate(zip(*rows, strict=True)) if len(set(values)) > 1]
     common = [
         f"{name} {value}"
         for i, (name, value) in enumerate(zip(names, next(iter(rows)), strict=True))
-        if i not in differ
+        if i not in differ and value != ""
     ]
     table = Table(title="the sweep: " + ", ".join(common or ["its runs"]), title_justify="left")
     for i in differ:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.hints import nearest
 
 # torchvision's names carry the start of the file's sha256, so a plan knows a file that is not there yet. MobileNet-V2's
@@ -215,7 +215,7 @@ def fetch(
     except HFValidationError:
         raise UserError(f"{missing}, and no name of a repository on the hub") from None
     except Exception as error:  # of the HTTP library, the hub, or the disk
-        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
     try:
         return Path(snapshot_download(name, **wanted, local_files_only=True))
     except OSError:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from r2.config import first_line
+
 # Where there is a CUDA toolkit and no GPU, the first compilation would warn of that.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
@@ -21,7 +23,7 @@ class fused:
     """Compile `function` on first use for any tensor length; where that fails, say so once and use it as it is.
 
     The function itself runs where a compiled kernel does not pay or does not fit: short tensors on a CPU, float64
-    (held against formulas), inside a graph that is to be differentiated again, and while torch.export records it.
+    (used to check formulas), inside a graph that is to be differentiated again, and while torch.export records it.
     """
 
     at_least = 4096  # elements of the first argument from which a kernel pays on a CPU
@@ -64,7 +66,7 @@ class fused:
             compiled: Any = torch.compile(self.plain, dynamic=True, fullgraph=True)
             kernel = compiled.aot_compile((args, {}))
         except Exception as error:  # no C++ compiler or Triton on this machine
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             warnings.warn(f"{self.plain.__name__} is not fused, and slower: {reason}", stacklevel=4)
             self._fails = True
             return self.plain
@@ -74,10 +76,15 @@ class fused:
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements in memory order, without a copy when the tensor is dense in either memory format."""
+    """All elements: in memory order and without a copy if `dense`, else a copy in logical order."""
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor.permute(0, 2, 3, 1).reshape(-1)
     return tensor.reshape(-1)
+
+
+def dense(tensor: torch.Tensor) -> bool:
+    """Contiguous or channels_last."""
+    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def unflat(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
-from r2.config import UserError, build
+from r2.config import UserError, build, first_line
 from r2.models import Inputs
 from r2.paths import CONFIGS
 from r2.quantizers.calibration import calibrate
@@ -70,7 +70,7 @@ def compress(model: nn.Module, method: str, batch: Inputs | tuple, **settings: A
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod"):
         raise UserError(f"the model is wrapped in {type(model).__name__}; compress the bare one, then wrap it")
     stage = _stage(method, settings)
-    left_out = _left_out(model, method)
+    left_out = _left_out(model)
     before = {name: (module, type(module)) for name, module in model.named_modules() if isinstance(module, LAYERS)}
     try:
         idle = _prepare(model, stage, batch)
@@ -79,7 +79,7 @@ def compress(model: nn.Module, method: str, batch: Inputs | tuple, **settings: A
             _restore(module, kind)
         if isinstance(error, UserError):
             raise
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"the model does not take the batch ({reason})") from None
     for name in idle:
         _restore(*before[name])
@@ -150,7 +150,7 @@ def _restore(module: nn.Module, kind: type[nn.Module]) -> None:
         del module.quantizer
 
 
-def _left_out(model: nn.Module, method: str) -> dict[str, str]:
+def _left_out(model: nn.Module) -> dict[str, str]:
     """Layers that cannot be compressed, and parameters with more than one dimension that belong to no layer."""
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
     found = {}

@@ -21,7 +21,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from r2 import models, store, zoo
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.hub import need_extra
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation, Affine, quantize_input, quantize_output
@@ -77,7 +77,7 @@ def save(model: nn.Module, path: Path | str) -> None:
         path: of the file, a safetensors file whatever it is called.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written; the model is not in float32.
     """
     tensors, header = _tensors(model), _header(model)
     header["sha256"] = _digest(header, tensors)
@@ -103,7 +103,7 @@ def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
         model = _build(header, model)
         _fill(model, tensors, set(header["channels_last"]))
     except (UserError, ImportError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{path}: its parts do not fit together ({reason})") from None
     return model.eval()
 
@@ -156,8 +156,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             kept = ("bias",) if name in layers else ("weight", "bias")
             own = {part: module._parameters.get(part) for part in kept}  # an embedding has no bias
             found |= {f"{name}.{part}": tensor.data for part, tensor in own.items() if tensor is not None}
-        elif state := _state(module):
+        if state := _state(module):
             found[name] = torch.cat([value.reshape(-1) for value in state.values()])
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UserError(f"{name} is {tensor.dtype}, and a packed file holds float32; call model.float() first")
     # Copies, because a safetensors file has no shared or transposed storage.
     return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
 
@@ -185,8 +188,13 @@ def _effective(layer: Any) -> Tensor:
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own float state, sharing its memory; BatchNorm's counter of batches is left out."""
-    return {k: v for k, v in module.state_dict().items() if "." not in k and v.is_floating_point()}
+    """A module's own float state, sharing its memory; BatchNorm's counter of batches is left out.
+
+    A layer's weight and bias have tensors of their own in the file; here is what a subclass, weight_norm or pruning
+    has added.
+    """
+    apart = ("weight", "bias") if isinstance(module, LAYERS) else ()
+    return {k: v for k, v in module.state_dict().items() if "." not in k and k not in apart and v.is_floating_point()}
 
 
 def _channels_last(tensor: Tensor) -> bool:
@@ -249,7 +257,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
         header = json.loads(metadata.get("r2", "null"))
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as a packed file ({str(error).splitlines()[0][:150]})") from None
+        raise UserError(f"{path}: cannot be read as a packed file ({first_line(error)})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{path}: is not a packed file of this version of r2 (format {FORMAT})")
     if header.get("sha256") != _digest(header, tensors):
@@ -326,7 +334,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], channels_last: set[str])
             if name not in layers and "weight" in module._parameters:  # else it is computed from others, set apart
                 weight = take(f"{name}.weight", *module.get_parameter("weight").shape)
                 module.weight = nn.Parameter(_formatted(weight, name in channels_last))
-        elif state := _state(module):
+        if state := _state(module):
             values = take(name, sum(value.numel() for value in state.values()))
             for value, part in zip(state.values(), values.split([v.numel() for v in state.values()]), strict=True):
                 value.copy_(part.view_as(value))

@@ -105,7 +105,7 @@ def _speeds(text: str) -> dict[str, float]:
 
 def reproduce(request: Request) -> int:
     """Do what was asked; returns how many runs failed."""
-    from r2 import record
+    from r2 import record, store
     from r2.plan import cost
     from r2.plan.cells import cells as planned
     from r2.plan.check import check_all, ready
@@ -135,6 +135,8 @@ def reproduce(request: Request) -> int:
         f"r2: {cost.count(len(cells), 'run')}, {len(cells) - len(missing)} finished before, {len(missing)} to do",
         flush=True,
     )
+    if request.records is not None:
+        store.make_directory(request.records, "records")
     ready(cell.config for cell in missing)
     reasons = run_all(missing, request.jobs, visible_gpus())
     failed = [cell for cell in missing if not record.path_of(cell.directory).exists()]
@@ -278,7 +280,6 @@ def collect(cells: Iterable, records: Path) -> None:
     """Copy each finished cell's record to records/<name>.json."""
     from r2 import record
 
-    records.mkdir(parents=True, exist_ok=True)
     for cell in cells:
         found = record.path_of(cell.directory)
         if found.exists():

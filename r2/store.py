@@ -21,20 +21,20 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from r2 import console
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.dist import World
 
 _MEND = "; delete it to start again"
 
 
-def make_directory(path: Path) -> Path:
-    """Create `path` and check that it can be written."""
+def make_directory(path: Path, key: str = "out") -> Path:
+    """Create `path`, which the user gave as `key`, and check that it can be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"out: cannot write to {path} ({error.strerror}); choose another with out=DIR") from None
+        raise UserError(f"{key}: cannot write to {path} ({error.strerror}); choose another with {key}=DIR") from None
     return path
 
 
@@ -101,7 +101,7 @@ def load(path: Path, *needed: str) -> dict:
             f"{path}: not a checkpoint of r2, for it holds more than tensors and plain values{_MEND}"
         ) from None
     except Exception as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{path}: not a checkpoint of r2 ({reason}){_MEND}") from None
     if not isinstance(state, dict) or state.get("format") != "r2":
         raise UserError(f"{path}: not a checkpoint of r2{_MEND}")

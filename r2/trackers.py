@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from r2.config import Positive
+from r2.config import Positive, first_line
 from r2.console import say
 
 PATIENCE = 30.0  # seconds for one call of a backend
@@ -53,7 +53,7 @@ class Tracker:
         return None
 
     def _failed(self, error: Exception) -> None:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         say(f"{self.name} is off for the rest of this run ({reason}); curve.csv goes on")
         self._log = self._close = None
 
@@ -87,7 +87,7 @@ def wandb(
         except Exception as error:
             if os.environ.get("WANDB_MODE") == "offline":
                 raise
-            say(f"wandb cannot be reached ({str(error).splitlines()[0]}); going on offline")
+            say(f"wandb cannot be reached ({first_line(error)}); going on offline")
             wb.teardown()  # forgets the run that could not start, whose name would be taken
             run = init(mode="offline")
         return lambda row: run.log(row), run.finish

@@ -217,6 +217,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--skip-bad", action="store_true", help="leave out, and name, what cannot be decoded")
     arguments = parser.parse_args()
+    for name in ("size", "per_shard", "workers"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
     ignore = (signal.SIGINT, signal.SIG_IGN)  # a worker finishes its shard
     with ProcessPoolExecutor(arguments.workers, initializer=signal.signal, initargs=ignore) as pool:

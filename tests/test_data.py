@@ -341,3 +341,11 @@ def test_a_rectangle_covers_the_middle_and_keeps_proportions(tmp_path):
     height, width = (white.amax(0) - white.amin(0) + 1).tolist()
     assert abs(height - width) <= 1 and abs(width - 40 * 96 * 8 / 7 / 120) <= 2
     assert all(1.4 < width / height < 2.8 for height, width in boxes)
+
+
+def test_a_bad_image_may_be_a_whole_batch_of_validation_and_a_whole_micro_batch_of_training(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "val" / "n0001" / "3.jpeg").write_bytes(b"not an image")
+    data = Folder(str(tmp_path), 3, 32, 0, "skip", 4).to(World())
+    labels = torch.cat([y for _, y in data.val(1)])
+    assert data.skipped == 1 and (labels == IGNORED).sum() == 1 and len(labels) == 18

@@ -176,3 +176,13 @@ def test_the_command_line_ends_with_2(r2, tmp_path):
     *measuring, first, last = done.stderr.splitlines()
     assert [line.split(" of ")[0] for line in measuring] == ["r2: measuring a training step"]
     assert "0 class folders" in first and last == "r2: the run would not start: 1 problem, see above"
+
+
+@pytest.mark.parametrize("elsewhere", [[], ["images_per_second=100"]])
+def test_a_network_that_does_not_take_the_images_is_one_problem(tmp_path, capsys, elsewhere):
+    words = ["data=fake", "recipe=smoke", "model=torchvision", "model.name=alexnet", "stage=ewgs", "check=true"]
+    (config,) = (one.config for one in cells_of([*words, f"out={tmp_path / 'out'}", *elsewhere]))
+    with pytest.raises(UserError, match="1 problem|would not start"):
+        checking.check(config)
+    (line,) = told(capsys.readouterr().err)
+    assert "model.name=alexnet" in line

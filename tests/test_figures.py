@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 
 from r2 import store
 from r2.config import UserError
@@ -253,3 +254,9 @@ def test_folding_is_collected_of_the_pretrainings_of_records(tmp_path):
     folded = rounded | {"details": {"constant_channels": []}}
     assert folding.folding_rows([rounded, folded], tmp_path / "weights") == [[model, reg, spread, top1]]
     assert (tmp_path / "weights" / "folding.csv").read_text().count("\n") == 2
+
+
+def test_networks_without_folding_are_left_out(tmp_path):
+    """BatchNorm before its convolution (DenseNet), and none at all."""
+    before = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    assert folding.spreads(before) == {} and folding.spreads(nn.Sequential(nn.Linear(3, 2))) == {}

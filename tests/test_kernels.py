@@ -85,3 +85,18 @@ def test_a_fake_tensor_and_a_trace_get_the_function_itself():
             assert tripled(torch.empty(5000)).shape == (5000,)
         traced = make_fx(lambda x: tripled(x))(torch.ones(5000))
         assert torch.equal(traced(torch.full((5000,), 2.0)), torch.full((5000,), 6.0))
+
+
+def test_a_compiler_that_fails_without_a_word_is_named_by_its_error(monkeypatch):
+    @fused
+    def doubled(x):
+        return 2 * x
+
+    class Failing:
+        def aot_compile(self, arguments):
+            raise AssertionError
+
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: Failing())
+    with torch.no_grad(), pytest.warns(UserWarning, match="and slower: AssertionError$"):
+        doubled(torch.ones(5000))

@@ -343,3 +343,24 @@ def test_an_example_learns_and_its_packed_file_says_the_same(name, package, line
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert float(re.match(r"top-1 (\S+) %", last)[1]) > least and said in last, last
+
+
+class Unet(nn.Module):
+    """Calls a transposed convolution with the size it wants, and a convolution by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.up(self.down(input=x), output_size=x.shape[-2:])
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_layers_take_the_arguments_that_pytorchs_do(method):
+    torch.manual_seed(0)
+    model = Unet()
+    report = r2.compress(model, method, IMAGES, **SETTINGS[method])
+    assert set(report.compressed) == {"down", "up"} and not report.left_out
+    assert model(IMAGES).shape == IMAGES.shape
+    assert model.up(torch.randn(1, 4, 5, 5), [10, 10]).shape == (1, 3, 10, 10)

@@ -316,3 +316,44 @@ def test_table_1_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatc
     with pytest.raises(SystemExit) as stop:
         table1.main(["--out", str(tmp_path / "no" / "table1.md")])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+class Gained(nn.Conv2d):
+    """With a parameter and a forward of its own, as timm's ScaledStdConv2d."""
+
+    def __init__(self):
+        super().__init__(4, 4, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+def with_more(kind):
+    torch.manual_seed(0)
+    last = {"gain": Gained, "weight_norm": lambda: nn.utils.weight_norm(nn.Conv2d(4, 4, 3)),
+            "pruned": lambda: nn.utils.prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5)}[kind]  # fmt: skip
+    return nn.Sequential(nn.Conv2d(3, 4, 3), last())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["gain", "weight_norm", "pruned"])
+def test_what_a_layer_has_besides_its_weight_and_bias_is_packed(kind, tmp_path):
+    model = with_more(kind)
+    with torch.no_grad():
+        for name, parameter in model[1].named_parameters():
+            parameter.add_(0.25 * torch.randn_like(parameter)) if name != "bias" else None
+    layers = {"0": model[0]}
+    swap(layers, lambda name: LSQ(4, 4))
+    calibrate(model, layers, IMAGES)
+    pack.save(model.eval(), tmp_path / "m.safetensors")
+    loaded = pack.load(tmp_path / "m.safetensors", with_more(kind))
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), model(IMAGES))
+        assert not torch.equal(with_more(kind)(IMAGES), model(IMAGES))
+
+
+def test_a_model_in_half_precision_is_refused_when_it_is_saved(tmp_path):
+    with pytest.raises(UserError, match=r"0.weight is torch.float16, and a packed file holds float32; call model.float"):
+        pack.save(nn.Sequential(nn.Conv2d(3, 4, 3)).half(), tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()

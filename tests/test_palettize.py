@@ -430,3 +430,10 @@ def test_repeating_the_last_iteration_is_stopping_there(bits, dim, rank, as_on_a
     torch.testing.assert_close((soft, new), (expected, centroids), atol=1e-14, rtol=0)
     found = torch.autograd.grad(soft, [w, c], g)
     torch.testing.assert_close(found, exact, atol=1e-9 * max(x.abs().max().item() for x in exact), rtol=1e-9)
+
+
+def test_many_long_centroids_are_left_to_pytorch():
+    """The kernels' accumulators would overflow the stack: it ended in a segmentation fault."""
+    w, c = torch.randn(1, 512, 4096), torch.randn(256, 512)
+    found = passes.passes_over(w, c, 1.0)
+    assert type(found) is passes.Passes and found.sums(c)[0].shape == (256,)

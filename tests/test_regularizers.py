@@ -395,3 +395,21 @@ def test_a_term_alone_is_enough(dim, channels_last):
     for p, gradient in zip(model.parameters(), expected, strict=False):
         torch.testing.assert_close(p.grad, 1 + gradient)
     torch.testing.assert_close(regularizer.power.grad, expected[-1])
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("layout", ["transposed", "channels_last_3d"])
+def test_a_weight_of_any_layout_gets_its_gradient(kind, layout):
+    torch.manual_seed(0)
+    if layout == "transposed":
+        model = nn.Linear(5, 7)
+        model.weight = nn.Parameter(torch.randn(5, 7).t())
+    else:
+        model = nn.Conv3d(3, 4, 3).to(memory_format=torch.channels_last_3d)
+        nn.init.normal_(model.weight)
+    regularizer = kind(model)
+    expected = torch.autograd.grad(regularizer(), model.weight)[0]
+    assert expected.abs().sum() > 0
+    model.weight.grad = torch.zeros_like(model.weight)
+    regularizer.add_gradients()
+    torch.testing.assert_close(model.weight.grad, expected)

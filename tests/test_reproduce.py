@@ -337,3 +337,19 @@ def test_post_training_stages_of_a_pretraining_have_a_gpu_each(tmp_path, monkeyp
     more = planned.cells(["table2"], [*words, "stage=none,fp32", "data.calibration_images=16"])
     assert reproduce.run_all([cell for cell in more if not cell.finished(None)], 1, ["0", "1"]) == {}
     assert all(len(gpus) == 1 for _, gpus in begun) and all(cell.finished(None) for cell in more)
+
+
+def test_records_that_cannot_be_written_are_refused_before_the_first_run(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    words = [
+        "table=3",
+        *TINY,
+        "reg=l2",
+        "seeds=0",
+        f"out={tmp_path / 'out'}",
+        f"records={tmp_path / 'file' / 'records'}",
+    ]
+    with pytest.raises(SystemExit):
+        reproduce.main(words)
+    error = capsys.readouterr().err
+    assert "r2: records: cannot write to" in error and "records=DIR" in error and not (tmp_path / "out").exists()

@@ -410,3 +410,9 @@ def test_without_dali(shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r"pip install 'r2\[dali\]'"):
         next(DALIShards(str(shards), 3, SIZE, STORED, 0, "error", 4).to(World()).train(8, 0, 0))
+
+
+@pytest.mark.parametrize("option", ["--per-shard", "--size"])
+def test_numbers_below_one_are_refused(option, monkeypatch, tmp_path, capsys):
+    assert prepare(monkeypatch, "--out", tmp_path, option, 0) == 2
+    assert f"{option} must be at least 1" in capsys.readouterr().err

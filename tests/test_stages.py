@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import SMALL
 
-from r2 import pack
+from r2 import console, pack
 from r2.config import build
+from r2.data.batches import IGNORED, Data
 from r2.dist import World
-from r2.training.loop import evaluate
+from r2.recipe import Recipe
+from r2.store import Run
+from r2.training.loop import evaluate, train
 
 STAGES = {"fp32": 32, "ewgs": 2, "lsq": 2, "pact": 2, "dkm": 2, "none": 4, "dfq": 4, "adaround": 4}
 
@@ -61,6 +64,9 @@ def test_every_stage_from_three_pretrainings(r2):
     "arguments, expected",
     [
         (["stage=lsq", "stage.bits=1"], "1 bit signed is not defined"),
+        (["stage=lsq", "stage.input_bits=1"], "stage.input_bits=1: the image has negative values"),
+        (["stage=adaround", "stage.batches=1000"], "stage.batches=1000: there are "),
+        (["~recipe.lr"], "r2.recipe.Recipe: missing a required argument: 'lr'; the config must have this key"),
         (["stage=dkm", "stage.bits=9"], "at most 8 bits"),
         (["stage=ewgs", "stage.layer_bits={fc: 8}"], "no layer fits 'fc'"),
         (["stage=ewgs", "stage.layer_bits={classifier: 80}"], "less than or equal to 32"),
@@ -128,3 +134,44 @@ def test_a_sweep_ends_with_a_table_and_every_run_with_a_picture(r2):
     assert [row.split()[1] for row in rows[::2]] == ["margin", "l2"] and all("MiB" in row for row in rows[1::2])
     pictures = [*r2.out.glob("*/weights.png"), r2.out / "weights.png"]
     assert len(pictures) == 5 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_sweeps_table_shows_every_run_whatever_was_swept(capsys):
+    def record(*overrides, top1):
+        axes = {"data": "digits", "model": "mbv2-1.0", "reg": "linf", "stage": "ewgs", "seed": 0, "weight_bits": 2,
+                "act_bits": 2, "dim": None}  # fmt: skip
+        words = ["reg=linf", "stage=ewgs", "threads=1", *overrides]
+        return {"axes": axes, "size": {"file_mib": None}, "metrics": {"top1": top1}, "fp32": None, "overrides": words}
+
+    console.comparison([record("reg.weight=0.01", "stage.delta=0", top1=81.11), record("reg.weight=0.1", top1=82.22),
+                        record("reg.weight=0.1", "stage.delta=0.001", top1=83.33)])  # fmt: skip
+    said = capsys.readouterr().out
+    for part in ("81.11 %", "82.22 %", "83.33 %", "reg.weight=0.01", "reg.weight=0.1", "delta=0.001", "delta=0"):
+        assert part in said, said
+    assert "threads=1" not in said  # all have it
+
+
+def test_a_micro_batch_without_an_image_adds_nothing(tmp_path):
+    torch.manual_seed(0)
+    model, images = torch.nn.Linear(4, 3), torch.randn(6, 4)
+    labels = torch.tensor([0, 1, 2, IGNORED, IGNORED, IGNORED])
+    recipe = Recipe(epochs=1, batch_size=6, lr=0.1, weight_decay=0.0, accumulate=2)
+
+    class Halves(Data):
+        num_classes, train_images, val_images = 3, 6, 3
+
+        def train(self, batch_size, seed, epoch, start=0):
+            return iter([(images, labels)])
+
+        def val(self, batch_size):
+            return iter([(images[:3], labels[:3])])
+
+        def _contents(self):
+            return iter([images.numpy()])
+
+    expected = torch.nn.functional.cross_entropy(model(images[:3]), labels[:3]) / 2  # each half counts as much
+    gradient = torch.autograd.grad(expected, model.weight)[0]
+    weight = model.weight.detach().clone()
+    run = Run(tmp_path, "0", World(), 0, 0.0, lambda row: None)
+    train(model, Halves().to(World()), recipe, run, "phase", [torch.optim.SGD(model.parameters(), 0.1)])
+    torch.testing.assert_close(weight - model.weight, 0.1 * gradient)

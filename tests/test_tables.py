@@ -196,3 +196,10 @@ def test_a_foreign_file_beside_collected_records_is_not_read(tmp_path):
     store.write_json(tmp_path / "records" / "a.json", sealed(record()))
     (tmp_path / "package.json").write_text("{}")
     assert len(read_all(tmp_path)) == 1
+
+
+def test_a_recipe_without_finetuning_has_a_table():
+    found = record()
+    found["config"]["recipe"].pop("finetune")
+    (key,) = tables.measured([found])
+    assert key.label.endswith("(3 + 0 epochs)")

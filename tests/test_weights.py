@@ -299,3 +299,12 @@ def test_every_stage_starts_from_torchvisions_resnet18(tmp_path, r2):
         assert record["epochs"]["pretrain"] == 0 and record["sha256"]["weights"] == store.sha256_of(path)
         assert record["sha256"]["pretrained"] == (None if record["axes"]["stage"] == "pact" else digest)
     assert len(list(r2.out.glob("pretrained/*/model.pt"))) == 1
+
+
+def test_a_network_without_a_linear_layer_takes_weights_and_no_new_head(tmp_path):
+    network = torchvision.models.squeezenet1_1(num_classes=10)
+    path = saved(tmp_path / "squeezenet.pth", network.state_dict())
+    words = [*TINY[:-1], "model=torchvision", "model.name=squeezenet1_1", f"model.weights={path}"]
+    assert set(weights.fitting(network, composed(*words))) == set(network.state_dict())
+    with pytest.raises(UserError, match="model.reset_head=true: squeezenet1_1 has no linear layer to replace"):
+        weights.fitting(network, composed(*words, "model.reset_head=true"))

@@ -22,8 +22,8 @@ SHARPEST = 1e30  # the largest 1 / temperature, so that its product with a dista
 
 
 @triton.jit
-def _centroids(p, inside, K: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr):
-    """Rows (K, D) as a tile (DP, KP, 1), 0 beyond them; `inside` says where it is not."""
+def _centroids(p, inside, D: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr):
+    """Rows of D numbers as a tile (DP, KP, 1), 0 where not `inside`."""
     a, j = tl.arange(0, DP)[:, None, None], tl.arange(0, KP)[None, :, None]
     return tl.load(p + j * D + a, mask=inside, other=0.0)
 
@@ -58,7 +58,7 @@ def sums(
     end = tl.minimum(begin + PIECE, m)
     a, j = tl.arange(0, DP)[:, None, None], tl.arange(0, KP)[None, :, None]
     inside = (a < D) & (j < K)
-    centroids, t = _centroids(c, inside, K, D, KP, DP), tl.load(temperature)
+    centroids, t = _centroids(c, inside, D, KP, DP), tl.load(temperature)
     count = tl.zeros((KP, BLOCK), tl.float32)
     total = tl.zeros((DP, KP, BLOCK), tl.float32)
     for at in range(begin, end, BLOCK):
@@ -90,8 +90,8 @@ def output(
     end = tl.minimum(begin + PIECE, m)
     a, j = tl.arange(0, DP)[:, None, None], tl.arange(0, KP)[None, :, None]
     inside = (a < D) & (j < K)
-    centroids, t = _centroids(c, inside, K, D, KP, DP), tl.load(temperature)
-    after = _centroids(following, inside, K, D, KP, DP)
+    centroids, t = _centroids(c, inside, D, KP, DP), tl.load(temperature)
+    after = _centroids(following, inside, D, KP, DP)
     a = tl.arange(0, DP)[:, None]
     for at in range(begin, end, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -114,9 +114,9 @@ def back(
     end = tl.minimum(begin + PIECE, m)
     a, j = tl.arange(0, DP)[:, None, None], tl.arange(0, KP)[None, :, None]
     inside = (a < D) & (j < K)
-    centroids, t = _centroids(c, inside, K, D, KP, DP), tl.load(temperature)
+    centroids, t = _centroids(c, inside, D, KP, DP), tl.load(temperature)
     slope = 2 * tl.minimum(1 / t, SHARPEST)
-    after, pull = _centroids(following, inside, K, D, KP, DP), _centroids(u, inside, K, D, KP, DP)
+    after, pull = _centroids(following, inside, D, KP, DP), _centroids(u, inside, D, KP, DP)
     shift = tl.load(v + tl.arange(0, KP), mask=tl.arange(0, KP) < K, other=0.0)[:, None]
     total = tl.zeros((DP, KP, BLOCK), tl.float32)
     a = tl.arange(0, DP)[:, None]

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from r2.clustering.plain import Passes
+from r2.config import first_line
 
 NATIVE_FROM = 1 << 11  # fewer vectors are quicker through PyTorch than compiling is worth
 GRID_FROM = 1 << 16  # fewer weights than this are always evaluated one by one
 PARALLEL_FROM = 1 << 15  # fewer weights take one thread
+MOST = 1 << 13  # numbers of all centroids; beyond, the kernels' accumulators would overflow stack or registers
 _PIECE = 1 << 12  # as in passes.cpp
 
 
@@ -33,6 +35,8 @@ def passes_over(w: Tensor, centroids: Tensor, temperature: float | Tensor, itera
         temperature: a number, or () on the vectors' device.
     """
     (k, d), n = centroids.shape, w.shape[0] * w.shape[2]
+    if k * (d + 1) > MOST:
+        return Passes(w, centroids, temperature)
     # Of a graph that is compiled as a whole, the compiler makes the kernels. Beyond 2^31 their indices would overflow.
     if w.is_cuda and w.dtype == torch.float32 and w.numel() < 1 << 31 and not torch.compiler.is_compiling():
         kernels = _triton()
@@ -217,6 +221,6 @@ def _library(k: int, d: int) -> CDLL | None:
         flags = ("-ffp-contract=fast", "-ffinite-math-only", "-Wno-psabi")
         return CppCodeCache.load(f"#define K {k}\n#define D {d}\n{source}", extra_flags=flags)
     except Exception as error:  # no C++ compiler on this machine
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         warnings.warn(f"DKM is not compiled, and slower: {reason}", stacklevel=2)
         return None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.data.folder import Visible, class_folders, is_image, misplaced
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -38,7 +38,7 @@ def from_folder(source: Path) -> tuple[list[str], Splits]:
         try:
             found = Visible(str(source / split))
         except FileNotFoundError as error:
-            raise UserError(f"--source {source}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--source {source}: {first_line(error)}") from None
         names, classes[split] = found.classes, found.classes
         splits[split] = [
             Entry(path, 0, os.path.getsize(path), label, f"{names[label]}/{Path(path).name}")

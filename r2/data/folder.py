@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from r2.config import Count, CountOrZero, Fraction, ImageSize, Place, Seed, UserError
+from r2.config import Count, CountOrZero, Fraction, ImageSize, Place, Seed, UserError, first_line
 from r2.data.batches import Data
 from r2.data.images import Images
 from r2.paths import script
@@ -31,7 +31,10 @@ class Visible(ImageFolder):
 
 def class_folders(split: Path) -> list[str]:
     """The names of the folders that are classes, in the order of their labels; none if there is no such split."""
-    return sorted(p.name for p in split.iterdir() if p.is_dir() and p.name[0] != ".") if split.is_dir() else []
+    try:
+        return sorted(p.name for p in split.iterdir() if p.is_dir() and p.name[0] != ".") if split.is_dir() else []
+    except PermissionError as error:
+        raise UserError(f"{split}: cannot be read ({error.strerror})") from None
 
 
 def misplaced(split: Path) -> str:
@@ -104,7 +107,7 @@ class Folder(Images):
         try:
             train, val = (Files.found(str(folder), Visible(str(folder)).samples) for folder in folders)
         except FileNotFoundError as error:
-            raise UserError(f"data.root={root}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"data.root={root}: {first_line(error)}") from None
         super().__init__(train, val, len(classes[0]), image_size, workers, on_bad_image, calibration_images)
 
 
@@ -142,7 +145,7 @@ class Split(Images):
         try:
             found = Visible(str(root))
         except FileNotFoundError as error:
-            raise UserError(f"data.root={root}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"data.root={root}: {first_line(error)}") from None
         names = [path[len(str(root)) + 1 :] for path, _ in found.samples]
         held_out = _held_out(found.targets, found.classes, fraction, seed)
         train, val = _split(str(root), names, found.targets, held_out)
@@ -278,7 +281,7 @@ def imagenette(
             Path(root).mkdir(parents=True, exist_ok=True)
             Imagenette(root, download=True)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"data.root={root}: no imagenette there, and it cannot be downloaded ({reason})") from None
         folder = Path(root) / "imagenette2"
     return Folder(str(folder), 10, image_size, workers, on_bad_image, calibration_images)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r2.config import ImageSize, UserError, height_and_width
+from r2.config import ImageSize, UserError, first_line, height_and_width
 from r2.data.batches import IGNORED, Data, mix
 from r2.dist import World, ignore_stop_signals
 from r2.hub import MEAN_AND_STD
@@ -111,7 +111,7 @@ class Images(Data):
                 labels[at:end] = torch.tensor(done.labels)
                 self._note(done.bad)
             self._hand_over(images)
-            if bool((labels == IGNORED).all()):
+            if train is not False and bool((labels == IGNORED).all()):  # an evaluation leaves them out
                 raise UserError(f"no image of a whole batch of {n} can be decoded; look at {done.bad[0][0]}")
             yield images.permute(0, 3, 1, 2), labels.to(self.world.device, non_blocking=True)
 
@@ -364,5 +364,5 @@ def _decode_by_pil(encoded: Tensor, first: RuntimeError) -> Tensor:
 
 def reason(error: Exception) -> str:
     """The first sentence, without the function and source file that torchvision puts in front."""
-    line = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
+    line = re.sub(r"^\w+, \S+:\d+, ", "", first_line(error))
     return line.partition(". ")[0]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r2.config import Count, UserError
+from r2.config import Count, UserError, first_line
 from r2.data.batches import Data, mix
 from r2.dist import World
 
@@ -117,7 +117,7 @@ def fashion_mnist(root: str, image_size: Count = 32, augment: bool = True, calib
         try:
             FashionMNIST(root, download=True)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"data.root={root}: no Fashion-MNIST there, nor in {debian} (apt install dataset-fashion-mnist), "
                 f"and it cannot be downloaded ({reason})"
@@ -162,7 +162,7 @@ def cifar10(root: str, augment: bool = True, calibration_images: Count = 1024) -
     try:
         sets = [CIFAR10(folder, train=train, download=True) for train in (True, False)]
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"data.root={root}: no CIFAR-10 there, and it cannot be downloaded ({reason})") from None
     train, val = [(torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets]
     return Memory(train, val, 10, calibration_images, augment, flip=True)

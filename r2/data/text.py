@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r2.config import Count, UserError
+from r2.config import Count, UserError, first_line
 from r2.data.batches import Data
 from r2.dist import World
 from r2.hub import fetch, need_extra
@@ -63,7 +63,7 @@ class Text(Data):
             lengths = pairs.lengths[indices]
             # One column of padding stays, because MobileBERT reads each token together with the next one: so a pair's
             # logits do not depend on the others of its batch.
-            width = min(int(lengths.max()) + 1, self.max_length)
+            width = min(int(lengths.max()) + 1, self.max_length) if len(lengths) else 1
             there = torch.arange(width) < lengths[:, None]
             indices = indices.to(self.world.device)
             yield (
@@ -164,7 +164,7 @@ def _tsv(path: Path) -> list[list]:
         with open(path, encoding="utf-8", newline="") as file:
             header, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as TSV ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as TSV ({first_line(error)})") from None
     _check_columns(path, header)
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header):
@@ -178,7 +178,7 @@ def _parquet(path: Path) -> list[list]:
     try:
         table = parquet.read_table(path)
     except (OSError, ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as Parquet ({first_line(error)})") from None
     _check_columns(path, table.column_names)
     return [table.column(name).to_pylist() for name in _COLUMNS]
 

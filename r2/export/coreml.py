@@ -30,9 +30,8 @@ from coremltools.converters.mil import register_torch_op
 from coremltools.converters.mil.mil import types
 from torch import Tensor, nn
 
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.export.onnx import _activation, _Levels
-from r2.export.trace import reason
 from r2.models import Inputs
 from r2.palettize import Palette
 from r2.quantizers.affine import Activation
@@ -96,7 +95,7 @@ def write(model: nn.Module, path: Path, images: Inputs, notes: dict[str, Any] | 
                 skip_model_load=True,
             )
     except Exception as error:
-        raise UserError(f"the model cannot be exported: Core ML does not take it ({reason(error)})") from None
+        raise UserError(f"the model cannot be exported: Core ML does not take it ({first_line(error)})") from None
     for name, note in (notes or {}).items():
         package.user_defined_metadata[name] = json.dumps(note)
     with tempfile.TemporaryDirectory() as folder:

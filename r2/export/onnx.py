@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r2 import store
-from r2.config import UserError
-from r2.export.trace import axes, named, reason, trace
+from r2.config import UserError, first_line
+from r2.export.trace import axes, named, trace
 from r2.models import Inputs
 from r2.palettize import Palette, unvectorize, vectorize
 from r2.quantizers.affine import Activation
@@ -285,4 +285,4 @@ def _reason(error: BaseException) -> str:
     """What the innermost cause says: the exporter wraps it in pages."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return reason(error)
+    return first_line(error)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.models import Inputs
 
 
@@ -41,10 +41,4 @@ def trace(model: nn.Module, inputs: Inputs) -> ExportedProgram:
             warnings.simplefilter("ignore")  # about torch's own insides
             return torch.export.export(model, (example,), dynamic_shapes=(shapes,))
     except Exception as error:
-        raise UserError(f"the model cannot be exported: torch.export does not trace it ({reason(error)})") from None
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error that has text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+        raise UserError(f"the model cannot be exported: torch.export does not trace it ({first_line(error)})") from None

@@ -102,7 +102,8 @@ def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[s
             for line in lines:
                 say(line)
         except UserError as error:
-            problems.append(last_line(error))
+            if (problem := last_line(error)) not in problems:  # a network that is refused is refused by each
+                problems.append(problem)
 
     try:
         size = cost.processes(config["devices"], elsewhere)
@@ -122,7 +123,7 @@ def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[s
     tell(_fits(config))
     tell(_weights(config))
     tell(_progress(cell))
-    if size:
+    if size and not problems:
         tell(_time(cell, given))
     return problems
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import UserError
-from r2.quantizers.layers import Operation, Quantizer
+from r2.quantizers.layers import Operation, Quantizer, input_of
 
 
 @torch.no_grad()
@@ -26,11 +26,11 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> 
     check_weights(layers)
     seen: dict[nn.Module, list[Tensor]] = defaultdict(list)
 
-    def initialise(layer: Any, inputs: tuple[Tensor]) -> None:
-        seen[layer].append(inputs[0])
+    def initialise(layer: Any, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        seen[layer].append(input_of(inputs, named))
         layer.quantizer.initialise(seen[layer], layer.weight, layer.operation)
 
-    hooks = [layer.register_forward_pre_hook(initialise) for layer in layers.values()]
+    hooks = [layer.register_forward_pre_hook(initialise, with_kwargs=True) for layer in layers.values()]
     try:
         with _calibrating(model):
             model(batch)

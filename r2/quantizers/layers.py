@@ -108,15 +108,15 @@ class _Quantized:
         """The bare operation, without bias."""
         raise NotImplementedError
 
-    def compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, **options: Any) -> Tensor:
         if self.codes is None:
             weight = self.quantizer.weight(self.weight)
         else:  # torch.matmul takes another path, with other last bits, for a weight that requires a gradient
             weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-        return self.operation(self.quantizer.act(x), weight)
+        return self.operation(self.quantizer.act(x), weight, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y, bias = self.compute(x), getattr(self, "bias", None)  # an embedding has none
+    def forward(self, input: Tensor, **options: Any) -> Tensor:  # PyTorch's name, which a caller may give
+        y, bias = self.compute(input, **options), getattr(self, "bias", None)  # an embedding has none
         # Added afterwards, as onnxruntime does: inside the operation the last bits differ, and values round elsewhere.
         return y if bias is None else y + bias.view(-1, *[1] * (self.weight.ndim - 2))
 
@@ -131,11 +131,16 @@ class _Convolution(_Quantized):
 class _Transposed(_Quantized):
     """A transposed convolution through a quantizer."""
 
-    def operation(self, x: Tensor, weight: Tensor) -> Tensor:
+    def operation(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
         layer: Any = self
-        function = getattr(F, f"conv_transpose{weight.ndim - 2}d")
-        sizes = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-        return function(x, weight, None, *sizes)
+        dimensions = weight.ndim - 2
+        padding = layer._output_padding(x, output_size, layer.stride, layer.padding, layer.kernel_size, dimensions,
+                                        layer.dilation)  # fmt: skip
+        function = getattr(F, f"conv_transpose{dimensions}d")
+        return function(x, weight, None, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(input, output_size=output_size)
 
 
 class QuantizedConv1d(_Convolution, nn.Conv1d): ...
@@ -256,6 +261,11 @@ def quantizer_parameters(layers: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     return [p for layer in layers.values() for p in layer.quantizer.parameters() if p.requires_grad]  # type: ignore[union-attr]
 
 
+def input_of(inputs: tuple[Tensor, ...], named: dict[str, Any]) -> Tensor:
+    """What a layer was called with, as a hook sees it."""
+    return inputs[0] if inputs else named["input"]
+
+
 def compressed(model: nn.Module) -> dict[str, Any]:
     """The compressed layers of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, _Quantized)}
@@ -282,10 +292,9 @@ def signal_to_noise(model: nn.Module, batch: Inputs, originals: Mapping[str, Ten
     found: dict[str, float] = {}
 
     def measure(name: str) -> Callable:
-        def hook(layer: Any, inputs: tuple[Tensor], _: Tensor) -> None:
-            weight = originals[name] if originals else layer.weight
-            signal = layer.operation(inputs[0], weight)
-            signal, output = signal.double(), layer.compute(inputs[0]).double()
+        def hook(layer: Any, inputs: tuple[Tensor, ...], named: dict[str, Any], _: Tensor) -> None:
+            weight, x = originals[name] if originals else layer.weight, input_of(inputs, named)
+            signal, output = layer.operation(x, weight).double(), layer.compute(x).double()
             factor = (signal * output).sum() / output.square().sum().clamp(min=1e-30)
             power, error = signal.square().sum(), (signal - factor * output).square().sum()
             found[name] = round(10 * torch.log10(power / error.clamp(min=1e-30)).item(), 3) if power > 0 else 0.0
@@ -293,7 +302,7 @@ def signal_to_noise(model: nn.Module, batch: Inputs, originals: Mapping[str, Ten
         return hook
 
     layers = compressed(model)
-    hooks = [layer.register_forward_hook(measure(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(measure(name), with_kwargs=True) for name, layer in layers.items()]
     model.eval()
     model(batch)
     for hook in hooks:

@@ -13,10 +13,12 @@ def kurtosis(w: Tensor, target: float = 1.8) -> Tensor:
 
     A constant tensor has no kurtosis; its term is 0.
     """
-    if w.numel() < 2 or not (variance := w.var()) > 0:
+    if w.numel() < 2:
         return w.sum() * 0
-    centred = w - w.mean()
-    return ((centred**4).mean() / variance**2 - target) ** 2
+    variance, centred = w.var(), w - w.mean()
+    varies = variance > 0  # by torch.where, since a condition in Python waits for a GPU
+    term = ((centred**4).mean() / torch.where(varies, variance, 1.0) ** 2 - target) ** 2
+    return torch.where(varies, term, 0.0)
 
 
 class Kurtosis(Regularizer):

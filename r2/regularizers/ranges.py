@@ -45,9 +45,6 @@ class LInf(Regularizer):
     def measure(self, w: Tensor, grad: Tensor, layer: int, column: int) -> tuple[Tensor, ...]:
         return (_largest(w, grad, self.weight),)
 
-    def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, None]:
-        return measured[:, 0], None
-
 
 @fused
 def _largest(w: Tensor, grad: Tensor, scale: float) -> Tensor:

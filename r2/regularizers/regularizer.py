@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import UserError
-from r2.kernels import flat
+from r2.kernels import dense, flat
 
 KINDS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Embedding
@@ -163,9 +163,9 @@ class Regularizer(nn.Module):
         flats = []
         for _, j, w in used:
             assert w.grad is not None
-            if self.dim == 1 and w.stride() == w.grad.stride():
+            if self._in_place(w):
                 flats.append((flat(w.detach()), flat(w.grad)))
-            else:  # columns are strided: work on a copy of each
+            else:  # columns and other layouts are strided: work on a copy of each
                 part = wide(self.part(w.detach(), j).reshape(-1))
                 flats.append((part, torch.zeros_like(part)))
         measured = [self.measure(*pair, i, j) for pair, (i, j, _) in zip(flats, used, strict=True)]
@@ -176,10 +176,14 @@ class Regularizer(nn.Module):
                 self.pull(*pair, row)
         for (_, added), (_, j, w) in zip(flats, used, strict=True):
             assert w.grad is not None
-            if self.dim > 1 or w.stride() != w.grad.stride():
+            if not self._in_place(w):
                 grad = self.part(w.grad, j)
                 grad += added.view(grad.shape)
         return self.scale() * terms.sum()
+
+    def _in_place(self, w: Tensor) -> bool:
+        """Whether the flat weight and gradient are views, in the same order."""
+        return self.dim == 1 and w.grad is not None and w.stride() == w.grad.stride() and dense(w)
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """The optimizer group of the term's own parameters, if it has any: no weight decay, its rate lr * lr_mult."""

@@ -11,7 +11,19 @@ from typing import Literal, NamedTuple
 
 from r2.record import Record
 from r2.report.statistics import Estimate, Sample, contrast, holm, seeds_to_decide
-from r2.report.tables import FP32, OUTCOMES, Cells, Column, Outcome, Protocol, main_study, measured, paper, with_weight
+from r2.report.tables import (
+    FP32,
+    OUTCOMES,
+    Cells,
+    Column,
+    Outcome,
+    Protocol,
+    main_study,
+    markdown_grid,
+    measured,
+    paper,
+    with_weight,
+)
 
 ALPHA = 0.05
 TOLERANCE = 1.0  # points of top-1 that count as no loss, or as no difference
@@ -255,7 +267,7 @@ def heading(key: Protocol, weight: str) -> str:
 
 def markdown(records: Iterable[Record]) -> str:
     parts = [
-        "# The paper's claims\n\nEffects are points of top-1 unless a unit stands there: dB of the mean SQNR of 4-bit "
+        "# The paper's claims\n\nEffects are points of top-1 unless a unit is given: dB of the mean SQNR of 4-bit "
         "rounding over layers, or the mean over layers\nof log(max|w| / std), the crest. Regularizers are independent "
         "samples over seeds; intervals are Welch's with Satterthwaite's degrees\nof freedom, models are averaged. A "
         f"claim *holds* or *does not hold* when p, adjusted by Holm over the claims of one table, is below {ALPHA:g}"
@@ -268,7 +280,6 @@ def markdown(records: Iterable[Record]) -> str:
     for key in sorted(of_studies, key=lambda key: key != main):
         for weight, found in of_studies[key].items():
             table = rows(found)
-            lines = [f"| {' | '.join(row)} |\n" for row in table]
             title = ("" if key == main else "Appendix: ") + heading(key, weight)
-            parts.append(f"## {title}\n\n{lines[0]}|{'---|' * len(table[0])}\n{''.join(lines[1:])}")
+            parts.append(f"## {title}\n\n{markdown_grid(table)}")
     return "\n".join(parts)

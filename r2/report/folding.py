@@ -30,7 +30,7 @@ def spreads(model: nn.Module) -> dict[str, tuple[float, float, float]]:
     """
     found, last = {}, ("", torch.empty(0))
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and len(last[1]) == module.num_features:  # not one before its convolution
             assert module.running_var is not None
             sizes = last[1]
             folded = sizes * (module.weight / torch.sqrt(module.running_var + module.eps)).abs()
@@ -54,10 +54,12 @@ def collect(pretrained: Path, into: Path, records: list[Record]) -> None:
         sha256 = state["info"]["sha256"]
         if sha256 not in configs or not any(w.ndim == 4 for w in state["model"].values()):
             continue  # another recipe's, or a network without a convolution
-        last = [w for w in state["model"].values() if w.ndim == 2][-1]
+        last = [w for w in state["model"].values() if w.ndim in (2, 4)][-1]  # SqueezeNet ends in a convolution
         model = build(configs[sha256]["model"], num_classes=len(last))
         model.load_state_dict(state["model"])
-        name, values = max(spreads(model).items(), key=lambda item: item[1][1])
+        if not (found := spreads(model)):
+            continue  # without BatchNorm
+        name, values = max(found.items(), key=lambda item: item[1][1])
         rows[sha256] = dict(zip(NAMES, (sha256, name, *(f"{v:.4g}" for v in values)), strict=True))
     path = into / "folding.csv"
     kept = {row["sha256"]: row for row in csv.DictReader(path.read_text().splitlines())} if path.exists() else {}

@@ -29,10 +29,15 @@ def weights(record: Record, layer: str) -> np.ndarray | None:
     return store.load(path, "model", "info")["model"][layer].float().numpy().ravel()
 
 
+def _setting(record: Record) -> tuple[str, ...]:
+    """The regularizer and what was changed of it."""
+    return record["axes"]["reg"], *(word for word in record["overrides"] if word.startswith("reg."))
+
+
 def write(records: list[Record], path: Path) -> bool:
     """Draw the first record's widest layer, a histogram for each regularizer; False where there is nothing to draw."""
     layer = widest(records[0])
-    of_reg = {record["axes"]["reg"]: record for record in reversed(records) if record["axes"]["model"] ==
+    of_reg = {_setting(record): record for record in reversed(records) if record["axes"]["model"] ==
               records[0]["axes"]["model"]}  # fmt: skip
     shown = {reg: w for reg, record in reversed(of_reg.items()) if (w := weights(record, layer)) is not None}
     if not shown:
@@ -42,8 +47,12 @@ def write(records: list[Record], path: Path) -> bool:
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False).ravel()
     for ax, (reg, w) in zip(axes, shown.items(), strict=True):
         found = of_reg[reg]["weights"]["pretrained"][layer]
-        ax.hist(w, bins=np.linspace(-limit, limit, 81), color=colour(reg))
-        ax.set_title(f"{label(reg)}: range {found['range']:.2f}, kurtosis {found['kurtosis']:.1f}", loc="left")
+        name, *settings = reg
+        ax.hist(w, bins=np.linspace(-limit, limit, 81), color=colour(name))
+        ax.set_title(
+            f"{' '.join([label(name), *settings])}: range {found['range']:.2f}, kurtosis {found['kurtosis']:.1f}",
+            loc="left",
+        )
         ax.set(yticks=[], xlim=(-1.02 * limit, 1.02 * limit))
         ax.spines[["left", "top", "right"]].set_visible(False)
     axes[-1].set_xlabel(f"weights of {layer.removesuffix('.weight')}, {records[0]['axes']['model']}, after pretraining")

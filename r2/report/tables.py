@@ -120,7 +120,8 @@ def protocol(record: Record) -> Protocol:
         seen = {"training": record.get("train_images"), "validation": record["metrics"]["images"]}
         whole = {"training": FACTS[data].train_images, "validation": FACTS[data].val_images}
         changed += [f"{count} {split} images" for split, count in seen.items() if count != whole[split]]
-    return Protocol(data, record["choices"]["recipe"], recipe["epochs"], recipe["finetune"]["epochs"], tuple(changed))
+    finetuning = recipe.get("finetune", {}).get("epochs", 0)  # a recipe of one's own may have none
+    return Protocol(data, record["choices"]["recipe"], recipe["epochs"], finetuning, tuple(changed))
 
 
 def main_study(records: Iterable[Record]) -> Protocol:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.models import Add
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
@@ -29,8 +29,8 @@ def trace(model: nn.Module) -> fx.Graph:
     """
     try:
         return _Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise UserError(f"the model's forward pass cannot be traced: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of torch.fx, or of the network's own code, which does not know its proxies
+        raise UserError(f"the model's forward pass cannot be traced: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -236,10 +236,18 @@ class AdaRound(PTQ):
     def equalizes(self) -> bool:
         return self.equalize_first
 
+    def check(self, model: nn.Module, calibration_images: int) -> None:
+        super().check(model, calibration_images)
+        self._count(math.ceil(calibration_images / self.calibration_batch_size))
+
+    def _count(self, there: int) -> int:
+        """How many of the batches that are there it uses."""
+        if self.batches and self.batches > there:
+            raise UserError(f"stage.batches={self.batches}: there are {there}, of {self.calibration_batch_size}")
+        return self.batches or there
+
     def method(self, work: Work) -> tuple[Any, dict, dict[str, float]]:
-        count = self.batches or len(work.batches)
-        if count > len(work.batches):
-            raise UserError(f"stage.batches={count}: there are {len(work.batches)}, of {self.calibration_batch_size}")
+        count = self._count(len(work.batches))
         used = aimet.equalize(work, self.fold_constant)[1] if self.equalize_first else {}
         console.say(f"adaround: {len(work.bits)} layers, {self.iterations:,} iterations each")
         began = time.monotonic()

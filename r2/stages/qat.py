@@ -214,6 +214,8 @@ class LSQ(QAT):
         super().__post_init__()
         for bits in (self.weight_bits, *(self.layer_bits or {}).values()):
             lsq.bounds(bits, signed=True)
+        if self.input_bits == 1:
+            raise UserError("stage.input_bits=1: the image has negative values, which 1 bit cannot sign under lsq")
         if self.step_limit is not None and self.step_limit >= 1:
             raise UserError(
                 f"stage.step_limit={self.step_limit}: must be below 1, or a step may become 0; null is no limit"

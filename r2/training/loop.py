@@ -78,7 +78,8 @@ def train(
     position, sums = upkeep.position, upkeep.sums
     net = world.parallel(model)
     forward = torch.compile(net) if recipe.compile else fast_on_small_maps(net, device)
-    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED)
+    reduction = "mean" if recipe.accumulate == 1 else "sum"  # the mean of a micro-batch without an image is NaN
+    criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED, reduction=reduction)
     autocast = _autocast(recipe, device)
     choose_convolutions(recipe, device)
 
@@ -203,12 +204,14 @@ def _backward(
     for i, (x, y) in enumerate(parts):
         last = i == len(parts) - 1
         with contextlib.nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync():
+            count = (y != IGNORED).sum()
             with autocast():
                 logits = forward(x)
-                loss = criterion(logits, y) / len(parts)
+                loss = criterion(logits, y)
+            if recipe.accumulate > 1:
+                loss = loss / count.clamp(min=1) / len(parts)
             scaler.scale(loss).backward()
         with torch.no_grad():
-            count = (y != IGNORED).sum()
             total += loss.detach()
             correct = (logits.argmax(1) == y).sum()
             seen += torch.stack([loss.detach() * len(parts) * count, correct, count])

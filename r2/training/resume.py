@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from r2.config import Diverged, UserError
+from r2.config import Diverged, UserError, first_line
 from r2.data.batches import Data
 from r2.dist import World, stop_handlers, stopped
 from r2.regularizers import Regularizer
@@ -138,7 +138,7 @@ class Upkeep:
         try:
             position = self._restore(state)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0][:100]
+            reason = first_line(error)
             raise UserError(
                 f"{self.run.checkpoint(self.phase)}: does not fit this version of r2 ({reason}); "
                 "delete it to start again"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r2.config import Count, ImageSize, UserError, height_and_width
+from r2.config import Count, ImageSize, UserError, first_line, height_and_width
 from r2.hub import check_name
 
 
@@ -58,7 +58,7 @@ def _built(
         trying = torch.get_default_device().type == "meta"
         logits = network(torch.empty(2, 3, *size)) if trying else None
     except Exception as error:  # of the library
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{where} are not for it ({reason})") from None
     if trying and not (isinstance(logits, Tensor) and logits.shape == (2, num_classes)):
         returned = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, MobileBertConfig, MobileBertForSequenceClassification
 from transformers.utils import logging
 
-from r2.config import Count, UserError
+from r2.config import Count, UserError, first_line
 from r2.hub import fetch
 from r2.models import Inputs
 
@@ -66,7 +66,7 @@ def mobilebert(num_classes: Count, source: str, revision: str) -> nn.Module:
             folder, num_labels=num_classes, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # of transformers, safetensors or the unpickler
-        raise UserError(f"model.source={source}: cannot be read ({_reason(error)})") from None
+        raise UserError(f"model.source={source}: cannot be read ({first_line(error)})") from None
     model, found = loaded
     lacking = sorted(name for name in found["missing_keys"] if not name.startswith("classifier."))
     if lacking:
@@ -91,7 +91,7 @@ def tokenizer(source: str, revision: str, max_length: int) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of the tokenizers library, which has no class of its own
-        raise UserError(f"model.source={source}: its tokenizer cannot be read ({_reason(error)})") from None
+        raise UserError(f"model.source={source}: its tokenizer cannot be read ({first_line(error)})") from None
     tokens, positions = settings["vocab_size"], settings["max_position_embeddings"]
     if len(found) > tokens:
         raise UserError(f"model.source={source}: its tokenizer has {len(found)} tokens, its network only {tokens}")
@@ -111,12 +111,8 @@ def _open(source: str, revision: str) -> tuple[Path, dict[str, Any]]:
         settings = json.loads((folder / "config.json").read_text())
         kind = settings["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"model.source={source}: its config.json cannot be read ({_reason(error)})") from None
+        raise UserError(f"model.source={source}: its config.json cannot be read ({first_line(error)})") from None
     if kind != "mobilebert":
         raise UserError(f"model.source={source}: is a {kind}, not a mobilebert")
     defaults = MobileBertConfig()
     return folder, {name: settings.get(name, getattr(defaults, name)) for name in MobileBertConfig.__annotations__}
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__

@@ -15,7 +15,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY as PRESERVED
 from torch.nn import functional as F
 from torchvision.ops import stochastic_depth
 
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.models import Add, Multiply
 
 _OF_TWO: dict[Any, type[nn.Module]] = {
@@ -53,7 +53,7 @@ def modular(model: nn.Module) -> nn.Module:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # of torch.fx, or of the network's own code, which does not know its proxies
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{architecture['network']}: its forward pass cannot be traced ({reason})") from None
     called: set[str] = set()
     for node in list(graph.nodes):

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from r2.config import UserError
+from r2.config import UserError, first_line
 from r2.hub import torchvision_file
 
 # What timm, torchvision, Lightning and r2 put around a state_dict, and wrappers of a module before its names.
@@ -43,6 +43,8 @@ def fitting(model: nn.Module, config: dict) -> dict[str, Tensor]:
     where, network = f"model.weights={weights['source']}", config["model"].get("name", config["choices"]["model"])
     found, own, head = _read(where, weights, config), model.state_dict(), _head(model)
     if weights["new_head"]:
+        if head is None:
+            raise UserError(f"model.reset_head=true: {network} has no linear layer to replace")
         found, own = ({k: t for k, t in of.items() if not k.startswith(head)} for of in (found, own))
     strange = next((key for key in found if key not in own), None)
     for key, tensor in own.items():
@@ -51,7 +53,7 @@ def fitting(model: nn.Module, config: dict) -> dict[str, Tensor]:
             raise UserError(f"{where}: has no {key}, which is {_shape(tensor)} in {network}{instead}")
         if key in found and found[key].shape != tensor.shape:
             line = f"{where}: {key} is {_shape(found[key])} in the file and {_shape(tensor)} in {network}"
-            if key.startswith(head) and found[key].shape[1:] == tensor.shape[1:]:
+            if head and key.startswith(head) and found[key].shape[1:] == tensor.shape[1:]:
                 line += f"; the data have {len(tensor)} classes: model.reset_head=true trains a new last layer"
             raise UserError(line)
         number = key not in found or key.endswith(_COUNTER) or found[key].is_floating_point()
@@ -62,9 +64,10 @@ def fitting(model: nn.Module, config: dict) -> dict[str, Tensor]:
     return found
 
 
-def _head(model: nn.Module) -> str:
-    """How the names of the last layer's tensors begin."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1] + "."
+def _head(model: nn.Module) -> str | None:
+    """How the names of the last linear layer's tensors begin; SqueezeNet has none."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return f"{names[-1]}." if names else None
 
 
 def _shape(tensor: Tensor) -> str:
@@ -141,7 +144,7 @@ def _unpacked(where: str, content: bytes, safe: bool) -> Any:
     except Exception as error:  # of torch, zipfile or safetensors
         if not zipped or isinstance(error, zipfile.BadZipFile):
             raise UserError(f"{where}: is truncated or damaged; copy it again") from None
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{where}: cannot be read ({reason})") from None
 
 
