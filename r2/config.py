@@ -86,7 +86,7 @@ def height_and_width(size: ImageSize) -> tuple[int, int]:
 
 
 class Root:
-    """The keys outside the groups; none but `seed` can change a result."""
+    """The keys outside the groups; but for `seed`, they change a result by rounding at most."""
 
     def __init__(self, out: Place, seed: Seed, devices: Literal["auto"] | Count, threads: Literal["auto"] | Count,
                  force: bool, check: bool, images_per_second: Positive | None, checkpoint_seconds: NonNegative,
@@ -114,7 +114,7 @@ def check(config: dict) -> None:
         node = dict(config[group])
         _check_node(node, node.pop("_target_"), f"{group}.")
     if config["images_per_second"] is not None and not config["check"]:
-        raise UserError(f"images_per_second={config['images_per_second']:g}: is for a plan; add check=true")
+        raise UserError(f"images_per_second={config['images_per_second']:g}: only a plan uses it; add check=true")
 
 
 def take_weights(config: dict) -> dict:

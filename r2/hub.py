@@ -38,7 +38,7 @@ def check_name(library: str, name: str) -> None:
     else:
         begun = {one: len(os.path.commonprefix([one, name.lower()])) for one in known}
         others = sorted((one for one in known if begun[one] >= 3), key=lambda one: -begun[one])[:5]
-        said = f"there are {', '.join(others)}" if others else f"it has {len(known)} others"
+        said = f"similar names are {', '.join(others)}" if others else f"it has {len(known)} others"
     raise UserError(f"model.name={name}: {library} has no such network; {said}")
 
 
@@ -73,7 +73,7 @@ def settle(given: dict, model: dict) -> dict | None:
     if source is None:
         for key in ("finetune", "reset_head"):
             if given[key]:
-                raise UserError(f"model.{key}=true: is for weights of your own; add model.weights=FILE")
+                raise UserError(f"model.{key}=true: has no effect without model.weights; add model.weights=FILE")
         return None
     file = None
     if source == "torchvision":

@@ -81,7 +81,7 @@ def read(arguments: list[str]) -> Request:
         raise UserError(f"jobs={jobs}: is a whole number, 1 or more")
     speeds = _speeds(own["images_per_second"]) if "images_per_second" in own else {}
     if speeds and own.get("plan") != "true" and overrides.get("check") != "true":
-        raise UserError(f"images_per_second={own['images_per_second']}: is for a plan; add plan=true")
+        raise UserError(f"images_per_second={own['images_per_second']}: only a plan uses it; add plan=true")
     if "seeds" in own:
         overrides["seed"] = own["seeds"]
     if int(jobs) > 1 and "threads" not in overrides:
@@ -126,7 +126,9 @@ def reproduce(request: Request) -> int:
         for line in cost.describe(cells, request.records, speeds):
             print(line)
         if speeds.device == "cpu":
-            print("in GPU-hours: add images_per_second=N, as one GPU trains (a column of a run's curve-pretrain.csv)")
+            print(
+                "for GPU-hours, add images_per_second=N, the training speed of one GPU (a column of a run's curve-pretrain.csv)"
+            )
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]
     if cells[0].config["check"]:

@@ -1,4 +1,4 @@
-"""Trackers of curves besides curve.csv. A tracker has `log(row)` and `close()`; it can neither end nor block a run."""
+"""Trackers of curves besides the curve-<phase>.csv files. A tracker has `log(row)` and `close()`; it can neither end nor block a run."""
 
 import os
 import threading
@@ -54,12 +54,12 @@ class Tracker:
 
     def _failed(self, error: Exception) -> None:
         reason = first_line(error)
-        say(f"{self.name} is off for the rest of this run ({reason}); curve.csv goes on")
+        say(f"{self.name} is off for the rest of this run ({reason}); the curve-*.csv files are still written")
         self._log = self._close = None
 
 
 def none(directory: Path, config: dict) -> Tracker:
-    """curve.csv alone."""
+    """The curve-<phase>.csv files alone."""
     return Tracker("csv", None)
 
 

@@ -312,10 +312,12 @@ def test_a_folder_that_changed_before_a_run_goes_on_is_named(root, tmp_path):
     trained(of(root), directory, 1)
     path, other = root / "train" / "n02" / "5.jpeg", root / "train" / "n02" / "55.jpeg"
     path.rename(other)
-    with pytest.raises(UserError, match=r"phase.ckpt: was made with other data \(36 \+ 36 examples, \w+; now 36 \+ 36"):
+    with pytest.raises(
+        UserError, match=r"phase.ckpt: was made with different data \(36 \+ 36 examples, \w+; now 36 \+ 36"
+    ):
         trained(of(root), directory, 2)
     other.unlink()
-    with pytest.raises(UserError, match=r"now 35 \+ 36 examples, \w+\); put them back, or delete it"):
+    with pytest.raises(UserError, match=r"now 35 \+ 36 examples, \w+\); restore that data, or delete the file"):
         trained(of(root), directory, 2)
     path.write_bytes(encoded(picture(), "JPEG"))
     moved = root.parent / f"{root.name}-moved"
@@ -344,7 +346,7 @@ def test_a_finished_run_and_pretraining_are_found_again_wherever_the_data_lie(ro
     (model,) = (root / "out" / "pretrained").glob("*/model.pt")
     (moved / "val" / "n01" / "1.jpeg").rename(moved / "val" / "n01" / "11.jpeg")
     assert refused(composed(*words, "stage=pact", "stage.bits=5", "stage.from_scratch=false")).startswith(
-        f"{model}: was made with other data (120 + 120 examples, "
+        f"{model}: was made with different data (120 + 120 examples, "
     )
 
 

@@ -299,7 +299,7 @@ def test_images_listed_in_csv(images):
         (["0.png,a", "1.png"], "line 3: has to be a path and a label under path,label"),
         (["0.png,a", "1.png,a,b"], "line 3: has to be a path and a label"),
         (["0.png,a", "none.png,a"], "line 3: there is no image .*none.png"),
-        (["0.png,a", "val.csv,a"], "line 3: val.csv is no image by its extension"),
+        (["0.png,a", "val.csv,a"], "line 3: val.csv does not have the extension of an image"),
         (["0.png,a", "0.png,b"], "line 3: 0.png stands in line 2 already"),
         (["0.png,1", "1.png,2"], "has no image of label 0; integers have to be 0 to 1"),
         ([], "lists no image"),

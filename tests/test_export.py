@@ -483,7 +483,7 @@ def test_data_of_another_machine_are_named_or_left_out(tmp_path, capsys):
     record_of(run, data, palettized(mobilenet_v1(2, 0.25), 2, 1))
     line = told(capsys, run)
     assert "data.root=/no/such/place" in line and line.endswith("data.root=DIR, or --no-check to leave it out")
-    assert "everything else is the record's; only data.root may be given" in told(capsys, run, "data.image_size=64")
+    assert "is fixed by the run's record; only data.root can be given" in told(capsys, run, "data.image_size=64")
     assert not (run / "model.onnx").exists()
     main([str(run), "--to", "pt2", f"data.root={here}", "--out", str(tmp_path / "checked.pt2")])
     lines = capsys.readouterr().out.splitlines()

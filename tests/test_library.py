@@ -136,6 +136,7 @@ def test_a_network_of_r2_with_another_head_is_one_of_ones_own(tmp_path):
     *((method, {"bits": 17}, "bits=17: .* at most 16 bits") for method in ("ewgs", "lsq", "pact")),
     ("lsq", {"bits": 8, "layer_bits": {"conv": 17}}, "layer_bits.conv=17: .* at most 16 bits"),
     ("dkm", {"bits": 17}, "bits=17: .* at most 8 bits"),
+    ("dkm", {"layer_bits": {"conv": 9}}, "layer_bits.conv=9: .* at most 8 bits"),
     ("lsq", {"bit": 4}, "bit=4: is no setting of lsq; known are bits"),
     ("lsq", {"lr": 0.1}, "lr=0.1: is no setting of lsq"),
     ("ewgs", {"delta": "hessian"}, "give a number"),

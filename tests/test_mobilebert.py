@@ -479,7 +479,7 @@ def test_a_fine_tuned_network_is_taken_from_a_folder_or_a_file(r2, source, few, 
 @pytest.mark.parametrize(
     "changed, expected",
     [
-        (["data=qnli"], "data=qnli: is read as the model's tokens; choose model=mobilebert"),
+        (["data=qnli"], "data=qnli: needs a model with a tokenizer; choose model=mobilebert"),
         (["model=mobilebert"], "this recipe has no value for mobilebert"),
     ],
 )

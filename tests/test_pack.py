@@ -354,6 +354,8 @@ def test_what_a_layer_has_besides_its_weight_and_bias_is_packed(kind, tmp_path):
 
 
 def test_a_model_in_half_precision_is_refused_when_it_is_saved(tmp_path):
-    with pytest.raises(UserError, match=r"0.weight is torch.float16, and a packed file holds float32; call model.float"):
+    with pytest.raises(
+        UserError, match=r"0.weight is torch.float16, and a packed file holds float32; call model.float"
+    ):
         pack.save(nn.Sequential(nn.Conv2d(3, 4, 3)).half(), tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()

@@ -132,7 +132,7 @@ def test_a_plan_counts_what_is_missing_and_writes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0 and "4 runs, 0 finished, 4 missing, which need 4 pretrainings" in said
     assert re.search(r"estimated \S+ (s|min) on this machine's CPU", said) and not (tmp_path / "out").exists()
-    assert "in GPU-hours: add images_per_second=N" in said or torch.cuda.is_available()
+    assert "for GPU-hours, add images_per_second=N" in said or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("devices", [1, 8])

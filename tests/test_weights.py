@@ -166,7 +166,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 def test_a_file_that_changes_after_it_was_named_is_refused(tmp_path):
     config = composed(*TINY, "model=mbv2", f"model.weights={saved(tmp_path / 'a.pth', state_of())}")
     saved(tmp_path / "a.pth", {k: t + 1 for k, t in state_of().items()})
-    with pytest.raises(UserError, match="a.pth has another content"):
+    with pytest.raises(UserError, match="a.pth has changed: its sha256 does not begin with"):
         weights.fitting(NETWORKS["mbv2"](), config)
 
 

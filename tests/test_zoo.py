@@ -88,8 +88,8 @@ def test_a_vision_transformer_is_built_for_the_size_of_the_images(tmp_path):
 @pytest.mark.parametrize(
     "library, name, said",
     [
-        ("timm", "resnet43", "timm has no such network; there are resnet10t"),
-        ("timm", "mobilenetv2_10", "there are mobilenetv2_100, "),
+        ("timm", "resnet43", "timm has no such network; similar names are resnet10t"),
+        ("timm", "mobilenetv2_10", "similar names are mobilenetv2_100, "),
         ("timm", "mobilnetv2_100", "did you mean 'mobilenetv2_100'"),
         ("timm", "resnet50.a1_in1k", "take model.name=resnet50 and model.weights=hf_hub:timm/resnet50.a1_in1k/"),
         ("torchvision", "mobilenetv3_small", "did you mean 'mobilenet_v3_small'"),

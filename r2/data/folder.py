@@ -170,7 +170,9 @@ def _rows(root: str, file: str, said: str) -> list[tuple[str, str, int]]:
                 if not path or not label or None in row:
                     raise UserError(f"{at}: has to be a path and a label under {','.join(rows.fieldnames)}")
                 if not path.lower().endswith(IMG_EXTENSIONS):
-                    raise UserError(f"{at}: {path} is no image by its extension; known are {' '.join(IMG_EXTENSIONS)}")
+                    raise UserError(
+                        f"{at}: {path} does not have the extension of an image; known are {' '.join(IMG_EXTENSIONS)}"
+                    )
                 if not Path(root, path).is_file():
                     raise UserError(f"{at}: there is no image {Path(root, path)}")
                 if path in found:

@@ -94,7 +94,7 @@ def qnli(
         max_length: a longer pair loses tokens at the end of its longer sentence.
     """
     if tokenizer is None or tokenizer_revision is None:
-        raise UserError("data=qnli: is read as the model's tokens; choose model=mobilebert")
+        raise UserError("data=qnli: needs a model with a tokenizer; choose model=mobilebert")
     need_extra()
     from r2.zoo import mobilebert
 

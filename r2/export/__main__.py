@@ -111,7 +111,7 @@ def export_packed(packed: Path, out: Path, to: str = "onnx", image_size: list[in
     target.load()
     model = pack.load(packed)
     _write(target, model, out, _examples(model, image_size[0] if image_size and len(image_size) == 1 else image_size))
-    print("not checked         a packed file alone has no data; its run's folder has")
+    print("not checked         a packed file has no data to check on; export its run's folder instead")
 
 
 def _check_finished(run: Path) -> None:
@@ -152,8 +152,8 @@ def _placed(config: dict[str, Any], places: Iterable[str]) -> dict[str, Any]:
         name = key.removeprefix("data.")
         known = [f"data.{place}" for place in _PLACES if place in config]
         if not equals or f"data.{name}" not in known or not key.startswith("data."):
-            may = f"only {' and '.join(known)} may be" if known else "its data lie nowhere, and nothing is"
-            raise UserError(f"{word}: everything else is the record's; {may} given")
+            may = f"only {' and '.join(known)} can" if known else "its data need no path, so nothing can"
+            raise UserError(f"{word}: is fixed by the run's record; {may} be given here")
         config[name] = os.path.expanduser(value)
     return config
 

@@ -143,7 +143,7 @@ def _input(preprocessing: dict[str, Any] | None) -> list[str]:
     text = "Input: RGB images of {}x{} (height, width)".format(*preprocessing["image_size"])
     if "mean" in preprocessing:
         mean, std = (", ".join(map(str, preprocessing[name])) for name in ("mean", "std"))
-        text += f", pixels in 0..1, from which the mean ({mean}) is taken and which are divided by the std ({std})"
+        text += f", pixels in 0..1, normalised by subtracting the mean ({mean}) and dividing by the std ({std})"
     return [text + ".\n"]
 
 

@@ -80,7 +80,9 @@ def processes(devices: int | str, elsewhere: bool) -> int:
     try:
         return int(os.environ.get("WORLD_SIZE", 0)) or device_count(devices)
     except UserError as error:
-        raise UserError(f"{error}; for a plan of another one's GPUs add images_per_second=N, as one trains") from None
+        raise UserError(
+            f"{error}; to plan for another machine's GPUs, add images_per_second=N, the training speed of one"
+        ) from None
 
 
 def speeds(devices: int | str, given: Given | None, *folders: Path | None) -> Speeds:

@@ -52,7 +52,7 @@ Operation = Callable[[Tensor, Tensor], Tensor]  # of a layer's input and weight,
 class Quantizer(nn.Module):
     """What a method does to one layer; each part is the identity unless the method says otherwise.
 
-    The layer computes `operation(act(x), weight(w)) + bias`. A factor that a method puts on the output belongs into
+    The layer computes `operation(act(x), weight(w)) + bias`. A factor that a method puts on the output belongs in
     `weight`: the operation is linear, and a weight has fewer elements to multiply than an output.
 
     `decode(encode(w), w)` equals `weight(w)` of the finished model bit for bit: that is what makes a packed file exact.

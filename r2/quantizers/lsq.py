@@ -129,7 +129,9 @@ def bounds(bits: int, signed: bool) -> tuple[int, int]:
         UserError: 1 bit signed, whose largest level is 0, so that the step has no start and no gradient scale.
     """
     if signed and bits == 1:
-        raise UserError("lsq at 1 bit signed is not defined: its largest level is 0, so the step 2 mean|w| / sqrt(0)")
+        raise UserError(
+            "lsq at 1 bit signed is not defined: its largest level is 0, so the step 2 mean|w| / sqrt(0) is infinite"
+        )
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 

@@ -48,9 +48,11 @@ class DKM(Stage):
     clip_norm: Positive | None
 
     def __post_init__(self) -> None:
-        for bits in (self.weight_bits, *(self.layer_bits or {}).values()):
+        key = "bits" if self.weight_bits == self.bits else "weight_bits"
+        widths = {key: self.weight_bits, **{f"layer_bits.{k}": bits for k, bits in (self.layer_bits or {}).items()}}
+        for key, bits in widths.items():
             if bits > 8:
-                raise UserError(f"stage.bits={bits}: dkm stores an index of at most 8 bits per vector")
+                raise UserError(f"stage.{key}={bits}: dkm stores an index of at most 8 bits per vector")
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer

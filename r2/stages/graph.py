@@ -68,7 +68,9 @@ def places(model: nn.Module, left_out: tuple[str, ...] = ()) -> Places:
             continue
         module = model.get_submodule(node.target)
         if node.target in seen:
-            raise UserError(f"{node.target}: is used twice, and cannot have two quantizers; give each use its module")
+            raise UserError(
+                f"{node.target}: is used twice but can have only one quantizer; use a separate module for each call"
+            )
         seen.add(node.target)
         if isinstance(module, nn.Conv2d | nn.Linear) and node.target not in left_out:
             found.weights.add(node.target)

@@ -48,7 +48,9 @@ class Stage:
                 raise UserError(f"{name}: cannot be compressed, {why}; choose another model, or stage=fp32")
         layer_bits(list(layers), self.layer_bits)
         if self.act_bits is not None and any(isinstance(m, nn.Embedding) for m in model.modules()):
-            raise UserError("stage: it quantizes what layers read, and an embedding reads token numbers; use stage=dkm")
+            raise UserError(
+                "stage: it quantizes the inputs of layers, and an embedding's are token numbers; use stage=dkm"
+            )
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer

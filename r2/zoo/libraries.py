@@ -43,7 +43,7 @@ def torchvision(num_classes: Count, name: str, image_size: ImageSize) -> nn.Modu
 
     sized = name.startswith("vit_")
     if sized and not isinstance(image_size, int):
-        raise UserError(f"model.name={name}: takes square images only; data.image_size={image_size} is none")
+        raise UserError(f"model.name={name}: takes square images only; data.image_size={image_size} is not square")
     return _built("torchvision", get_model, num_classes, name, image_size, {"image_size": image_size} if sized else {})
 
 
@@ -52,17 +52,17 @@ def _built(
 ) -> nn.Module:
     """The network, which remembers how it was built; on the meta device it is tried on images of that size."""
     size = height_and_width(image_size)
-    where = f"model.name={name}: {num_classes} classes and images of {size[0]}x{size[1]}"
+    where = f"{num_classes} classes and images of {size[0]}x{size[1]}"
     try:
         network = create(name, num_classes=num_classes, **options)
         trying = torch.get_default_device().type == "meta"
         logits = network(torch.empty(2, 3, *size)) if trying else None
     except Exception as error:  # of the library
         reason = first_line(error)
-        raise UserError(f"{where} are not for it ({reason})") from None
+        raise UserError(f"model.name={name}: does not take {where} ({reason})") from None
     if trying and not (isinstance(logits, Tensor) and logits.shape == (2, num_classes)):
         returned = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UserError(f"{where}: it returns {returned}, not logits (n, {num_classes})")
+        raise UserError(f"model.name={name}: for {where} it returns {returned}, not logits (n, {num_classes})")
     network.architecture = {
         "name": library, "network": name, "num_classes": num_classes, "image_size": image_size,
     }  # fmt: skip

@@ -101,9 +101,7 @@ def _read(where: str, weights: dict, config: dict) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from None
     if not hashlib.sha256(content).hexdigest().startswith(weights["sha256"]):
-        raise UserError(
-            f"{where}: {path} has another content (sha256) than {weights['sha256'][:8]}..., by which it is known"
-        )
+        raise UserError(f"{where}: {path} has changed: its sha256 does not begin with {weights['sha256'][:8]}")
     state = _unpacked(where, content, path.suffix == ".safetensors")
     kept = next((key for key in _AROUND if isinstance(state, dict) and isinstance(state.get(key), dict)), None)
     state = state[kept] if kept else state
