@@ -126,9 +126,8 @@ def reproduce(request: Request) -> int:
         for line in cost.describe(cells, request.records, speeds):
             print(line)
         if speeds.device == "cpu":
-            print(
-                "for GPU-hours, add images_per_second=N, the training speed of one GPU (a column of a run's curve-pretrain.csv)"
-            )
+            print("for GPU-hours, add images_per_second=N, the training speed of one GPU "
+                  "(a column of a run's curve-pretrain.csv)")  # fmt: skip
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]
     if cells[0].config["check"]:

@@ -1,4 +1,7 @@
-"""Trackers of curves besides the curve-<phase>.csv files. A tracker has `log(row)` and `close()`; it can neither end nor block a run."""
+"""Trackers of curves besides the curve-<phase>.csv files.
+
+A tracker has `log(row)` and `close()`; it can neither end nor block a run.
+"""
 
 import os
 import threading

@@ -111,7 +111,7 @@ def test_an_unknown_name_is_one_line_with_near_ones(library, name, said):
             "lsq",
             "conv_stem: cannot be compressed, Conv2dSame has a forward",
         ),
-        ("torchvision", "inception_v3", "lsq", "model.name=inception_v3: 10 classes and images of 32x32"),
+        ("torchvision", "inception_v3", "lsq", "model.name=inception_v3: does not take 10 classes and images of 32x32"),
         ("timm", "vit_tiny_patch16_224", "none", "'transpose' .*cannot be quantized"),
     ],
 )

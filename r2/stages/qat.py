@@ -262,10 +262,10 @@ class PACT(QAT):
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
     ) -> tuple[nn.Module, Outcome]:
-        layers = len(quantizable(model))
-        if self.from_scratch and layers > 40 and min(self.weight_bits, self.act_bits) <= 2:
-            run.say(f"pact: 2 bits from scratch may stay at chance in a network of {layers} layers, as in MobileNet-V2 "
-                    "on digits (docs/pilots.md); stage.from_scratch=false fine-tunes instead")  # fmt: skip
+        depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
+        if self.from_scratch and depthwise and min(self.weight_bits, self.act_bits) <= 2:
+            run.say("pact: at 2 bits from scratch, networks with depthwise convolutions stay at chance on digits "
+                    "(docs/pilots.md); stage.from_scratch=false fine-tunes instead")  # fmt: skip
         return super().__call__(model, data, recipe, run, regularizer)
 
     def optimizers(

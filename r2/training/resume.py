@@ -83,7 +83,8 @@ def check_data(now: str, before: str | None, path: Path) -> None:
     """
     if before not in (None, now):
         raise UserError(
-            f"{path}: was made with different data ({before}; now {now}); restore that data, or delete the file to start again"
+            f"{path}: was made with different data ({before}; now {now}); "
+            "restore that data, or delete the file to start again"
         )
 
 
