@@ -201,28 +201,10 @@ def test_the_clip_is_chosen_by_every_feature(features):
     """Values at equal distances would be of every fourth feature here."""
     torch.manual_seed(0)
     x = torch.randn(4096, features) * torch.where(torch.arange(features) % 2 == 1, 20.0, 1.0)
-    flat = x.reshape(1, -1)
-    (clip,) = best_clip(flat, lambda x, clip: lsq.quantize(x, clip, -2, 1))
+    clip = best_clip(x, lambda x, clip: lsq.quantize(x, clip, -2, 1))
     losses = {k: (lsq.quantize(x, torch.tensor(float(k)), -2, 1) - x).square().mean() for k in range(2, 60, 2)}
     assert (lsq.quantize(x, clip, -2, 1) - x).square().mean() < 1.05 * min(losses.values())
-    assert best_clip((flat * 1e-4).half(), lambda x, clip: lsq.quantize(x, clip, -2, 1)) < 0.02  # and in float16
-
-
-@pytest.mark.parametrize("channels", [1, 6])
-def test_a_fitted_weight_uses_every_level_and_rounds_less(channels):
-    """Of weights in a narrow range, 2 bits at the official step leave the lowest level empty."""
-    w = torch.rand(6, 4000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    w *= torch.arange(1.0, 7.0)[:, None] if channels == 6 else 1.0  # a step each
-    errors, levels = {}, {}
-    for how in ("official", "fitted"):
-        quantizer = lsq.LSQ(2, None, channels, weight_init=how)
-        quantizer.initialise([w[:, :8].t()], w, torch.nn.functional.linear)
-        errors[how] = ((quantizer.weight(w) - w).square().mean(1) / w.square().mean(1)).max()
-        levels[how] = len(quantizer.encode(w).unique())
-    best = min(((lsq.quantize(w[:1], torch.tensor(k / 50), -2, 1) - w[:1]).square().mean() / w[:1].square().mean())
-               for k in range(20, 60))  # fmt: skip
-    assert levels == {"official": 3, "fitted": 4}
-    assert errors["fitted"] < 0.5 * errors["official"] and errors["fitted"] < 1.2 * best
+    assert best_clip((x * 1e-4).half(), lambda x, clip: lsq.quantize(x, clip, -2, 1)) < 0.02  # and in float16
 
 
 def test_one_signed_bit_is_refused():
@@ -311,7 +293,7 @@ def test_the_first_step_of_an_input_fits_sparse_inputs_too(bits, signed, kept):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["model=mbv2"], 1), (["model=mbv1"], 1), (["model=rn18"], 0), (["model=mbv2", "stage.bits=4"], 0),
+    (["model=mbv2"], 1), (["model=mbv1"], 0), (["model=mbv2", "stage.bits=4"], 0),
     (["model=mbv2", "stage.from_scratch=false"], 0),
 ])  # fmt: skip
 def test_a_training_that_may_stay_at_chance_is_told_before_it_begins(words, said, monkeypatch):

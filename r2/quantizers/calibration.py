@@ -73,25 +73,19 @@ def values(inputs: Sequence[Tensor]) -> Tensor:
 
 
 def best_clip(x: Tensor, rounded: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """(rows,): the clip with which `rounded(x, clip)` is nearest to a row in square mean; 1 for a row of zeros.
+    """0-d: the clip with which `rounded(x, clip)` is nearest to x in square mean; 1 if x is zero everywhere.
 
-    Of clips in steps of 12 % between half and 64 root mean squares, none above the row's largest |x|, so that each has
-    a gradient from the start. 100,000 values of a row decide at most.
-
-    Args:
-        x: (rows, values).
-        rounded: of rows and clips (rows, 1).
+    Of clips in steps of 12 % between half and 64 root mean squares, none above the largest |x|, so that each has a
+    gradient from the start. 100,000 values decide at most.
     """
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    size, largest = x.square().mean(1, keepdim=True).sqrt(), x.abs().amax(1, keepdim=True)
+    x = x.detach().reshape(-1).to(torch.promote_types(x.dtype, torch.float32))
+    size, largest = x.square().mean().sqrt(), x.abs().amax()
     some = x
-    if x.shape[1] > 100_000:  # drawn, for equal distances would meet the same features again and again
-        drawn = torch.randint(x.shape[1], (100_000,), generator=torch.Generator().manual_seed(0))
-        some = x[:, drawn.to(x.device)]
+    if len(x) > 100_000:  # drawn, for equal distances would meet the same features again and again
+        some = x[torch.randint(len(x), (100_000,), generator=torch.Generator().manual_seed(0)).to(x.device)]
     clips = [torch.minimum(size * 2 ** (k / 6), largest) for k in range(-6, 37)]
-    losses = torch.stack([(rounded(some, clip) - some).square().mean(1) for clip in clips])
-    best = torch.cat(clips, 1).gather(1, losses.argmin(0)[:, None])
-    return torch.where(size > 0, best, 1.0)[:, 0]
+    losses = torch.stack([(rounded(some, clip) - some).square().mean() for clip in clips])
+    return torch.where(size > 0, torch.stack(clips)[losses.argmin()], torch.ones_like(size))
 
 
 def output_ratio(quantizer: Quantizer, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> Tensor:

@@ -5,7 +5,6 @@ Backward:  dx = g  on the closed interval q_min <= x / s <= q_max, else 0
            ds = k sum g (round(z) - z inside | q_min below | q_max above),  z = x / s,  k = 1 / sqrt(N q_max)
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -142,9 +141,9 @@ class LSQ(Quantizer):
     Args:
         weight_bits, act_bits: widths; act_bits None leaves the input as it is.
         channels: steps of the weight, one per output channel, or 1.
-        weight_init, act_init: of the weight's steps, and of the input's by the first batch; 'official' is
-            2 mean|x| / sqrt(q_max), 'fitted' has the least rounding error. At 2 bits the official step leaves the
-            lowest level empty if weights lie in a narrow range, and clips most of what is not zero behind a ReLU.
+        act_init: 'official' starts the input's step at 2 mean|x| / sqrt(q_max); 'fitted' where it rounds the first
+            batch best. Behind a ReLU most inputs are zero and their mean is small: at 2 bits the official step clips
+            most of the others, and the gradient grows from layer to layer.
     """
 
     weight_step: nn.Parameter
@@ -161,13 +160,11 @@ class LSQ(Quantizer):
         weight_bits: int,
         act_bits: int | None,
         channels: int = 1,
-        weight_init: Literal["official", "fitted"] = "official",
         act_init: Literal["official", "fitted"] = "official",
     ):
         super().__init__()
         bounds(weight_bits, signed=True)
-        self.weight_bits, self.act_bits, self.channels = weight_bits, act_bits, channels
-        self.weight_init, self.act_init = weight_init, act_init
+        self.weight_bits, self.act_bits, self.channels, self.act_init = weight_bits, act_bits, channels, act_init
         self.weight_step = nn.Parameter(torch.ones(()) if channels == 1 else torch.ones(channels))
         self.act_step = nn.Parameter(torch.ones(()), requires_grad=act_bits is not None)
         self.register_buffer("signed", torch.tensor(0.0))
@@ -180,19 +177,19 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def initialise(self, inputs: Sequence[Tensor], weight: Tensor, operation: Operation) -> None:
-        """Of the weight's steps, and of the input's by the first batch."""
-        self.weight_step.copy_(
-            _first_step(_rows(weight, self.weight_step), *self._weight_bounds(), self.weight_init).view_as(
-                self.weight_step
-            )
-        )
+        """2 mean|x| / sqrt(q_max), of the weight and, if official, of the first batch."""
+        start = _first_step(_rows(weight, self.weight_step), weight.new_full((), self._weight_bounds()[1]))
+        self.weight_step.copy_(start.view_as(self.weight_step))
         if self.act_bits is not None:
             x = values(inputs)
             self.signed.copy_(x.min() < 0)
             if self.act_bits == 1 and self.signed:
                 raise UserError("lsq at 1 bit: a layer's input has negative values, which 1 bit cannot sign")
-            low, high = (int(bound) for bound in self._act_bounds())
-            self.act_step.copy_(_first_step(x.reshape(1, -1), low, high, self.act_init).view(()))
+            if self.act_init == "official":
+                self.act_step.copy_(_first_step(x.reshape(1, -1), self._act_bounds()[1]).view(()))
+            else:
+                low, high = (int(bound) for bound in self._act_bounds())
+                self.act_step.copy_(best_clip(x, lambda x, clip: quantize(x, clip / high, low, high)) / high)
 
     def _weight_bounds(self) -> tuple[int, int]:
         return bounds(self.weight_bits, signed=True)
@@ -238,9 +235,7 @@ class LSQ(Quantizer):
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "channels": self.channels}
 
 
-def _first_step(x: Tensor, low: int, high: int, how: str) -> Tensor:
+def _first_step(x: Tensor, quant_max: Tensor) -> Tensor:
     """(steps,) of the rows of x."""
-    if how == "fitted":
-        return best_clip(x, lambda x, clip: quantize(x, clip / high, low, high)) / high
     size = x.abs().mean(1)
-    return 2 * torch.where(size > 0, size, torch.ones_like(size)) / math.sqrt(high)
+    return 2 * torch.where(size > 0, size, torch.ones_like(size)) / quant_max.sqrt()

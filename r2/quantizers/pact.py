@@ -155,10 +155,7 @@ class PACT(Quantizer):
                 # It depends on the levels: 2 bits and a sign are three, and at 3 root mean squares 87 % of a normal
                 # distribution becomes zero. At 8, above every value, no clip had moved at the end of a training.
                 bits, signed = self.act_bits, bool(self.signed)
-                rounded = best_clip(
-                    x.reshape(1, -1), lambda x, clip: quantize_activation(x, clip.view(()), bits, signed)
-                )
-                self.alpha.copy_(rounded.view(()))
+                self.alpha.copy_(best_clip(x, lambda x, clip: quantize_activation(x, clip, bits, signed)))
         self.output_scale.fill_(1.0)
         self.output_scale.copy_(output_ratio(self, inputs, weight, operation))
 

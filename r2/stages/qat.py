@@ -201,13 +201,12 @@ class LSQ(QAT):
 
     Args:
         granularity: one step per weight tensor or per output channel.
-        weight_init, act_init: initial step sizes of weights and inputs; 'fitted' minimises the rounding error.
+        act_init: first step of a layer's input; 'fitted' rounds the first batch best.
         step_limit: an update changes a step by at most this times itself, and its gradient is at most the step; null is
             the official rule.
     """
 
     granularity: Literal["tensor", "channel"]
-    weight_init: Literal["official", "fitted"]
     act_init: Literal["official", "fitted"]
     step_limit: Positive | None
 
@@ -223,8 +222,7 @@ class LSQ(QAT):
             )
 
     def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
-        count = channels if self.granularity == "channel" else 1
-        return lsq.LSQ(weight_bits, act_bits, count, self.weight_init, self.act_init)
+        return lsq.LSQ(weight_bits, act_bits, channels if self.granularity == "channel" else 1, self.act_init)
 
     def before_update(self, parameters: list[nn.Parameter]) -> Callable[[], None] | None:
         return None if self.step_limit is None else partial(lsq.bound_gradients, parameters)
