@@ -293,7 +293,7 @@ def test_the_first_step_of_an_input_fits_sparse_inputs_too(bits, signed, kept):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["model=mbv2"], 1), (["model=mbv1"], 0), (["model=mbv2", "stage.bits=4"], 0),
+    (["model=mbv2"], 1), (["model=mbv1"], 1), (["model=rn18"], 0), (["model=mbv2", "stage.bits=4"], 0),
     (["model=mbv2", "stage.from_scratch=false"], 0),
 ])  # fmt: skip
 def test_a_training_that_may_stay_at_chance_is_told_before_it_begins(words, said, monkeypatch):
