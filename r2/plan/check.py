@@ -97,13 +97,15 @@ def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[s
     """Say what a run will do; returns its problems."""
     config, size, problems, elsewhere = cell.config, 0, list[str](), given is not None
 
-    def tell(lines: Iterable[str]) -> None:
+    def tell(lines: Iterable[str]) -> bool:
         try:
             for line in lines:
                 say(line)
         except UserError as error:
             if (problem := last_line(error)) not in problems:  # a network that is refused is refused by each
                 problems.append(problem)
+            return False
+        return True
 
     try:
         size = cost.processes(config["devices"], elsewhere)
@@ -120,10 +122,10 @@ def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[s
         tell(_data(cell, world))
         tell(_disk(config))
         say(f"compiler: {_compiler(world.device)}")
-    tell(_fits(config))
+    fits = tell(_fits(config))
     tell(_weights(config))
     tell(_progress(cell))
-    if size and not problems:
+    if size and fits:
         tell(_time(cell, given))
     return problems
 
