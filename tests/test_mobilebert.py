@@ -448,7 +448,7 @@ def test_one_cell_through_the_command_line(r2, source, few):
     assert not tables.protocol(record).full
     pack.load(path.parent / "model.safetensors")
     refused = r2(*common, "stage=ewgs")
-    assert refused.returncode == 2 and "an embedding reads token numbers; use stage=dkm" in refused.stderr
+    assert refused.returncode == 2 and "an embedding's are token numbers; use stage=dkm" in refused.stderr
 
 
 def test_a_fine_tuned_network_is_taken_from_a_folder_or_a_file(r2, source, few, tmp_path):
