@@ -108,15 +108,15 @@ class _Quantized:
         """The bare operation, without bias."""
         raise NotImplementedError
 
-    def compute(self, x: Tensor, **options: Any) -> Tensor:
+    def compute(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
         if self.codes is None:
             weight = self.quantizer.weight(self.weight)
         else:  # torch.matmul takes another path, with other last bits, for a weight that requires a gradient
             weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-        return self.operation(self.quantizer.act(x), weight, **options)
+        return self.operation(self.quantizer.act(x), weight, *more, **named)
 
-    def forward(self, input: Tensor, **options: Any) -> Tensor:  # PyTorch's name, which a caller may give
-        y, bias = self.compute(input, **options), getattr(self, "bias", None)  # an embedding has none
+    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:  # PyTorch's name, which a caller may give
+        y, bias = self.compute(input, *more, **named), getattr(self, "bias", None)  # an embedding has none
         # Added afterwards, as onnxruntime does: inside the operation the last bits differ, and values round elsewhere.
         return y if bias is None else y + bias.view(-1, *[1] * (self.weight.ndim - 2))
 
@@ -138,9 +138,6 @@ class _Transposed(_Quantized):
                                         layer.dilation)  # fmt: skip
         function = getattr(F, f"conv_transpose{dimensions}d")
         return function(x, weight, None, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
-        return super().forward(input, output_size=output_size)
 
 
 class QuantizedConv1d(_Convolution, nn.Conv1d): ...
