@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from r2 import pack
 from r2.config import UserError
@@ -332,7 +333,7 @@ class Gained(nn.Conv2d):
 def with_more(kind):
     torch.manual_seed(0)
     last = {"gain": Gained, "weight_norm": lambda: nn.utils.weight_norm(nn.Conv2d(4, 4, 3)),
-            "pruned": lambda: nn.utils.prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5)}[kind]  # fmt: skip
+            "pruned": lambda: prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5)}[kind]  # fmt: skip
     return nn.Sequential(nn.Conv2d(3, 4, 3), last())
 
 
