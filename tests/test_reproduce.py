@@ -14,7 +14,7 @@ from r2 import compose, reproduce
 from r2.config import UserError
 from r2.paths import RESULTS
 from r2.plan import cells as planned
-from r2.plan import cost
+from r2.plan import cost, step
 from r2.plan.speeds import Given, Speeds, post_training
 from r2.report import tables
 from r2.report.tables import FP32, Column, paper
@@ -145,6 +145,15 @@ def test_a_plan_of_gpus_from_a_measured_speed(devices, capsys):
     said = capsys.readouterr().out
     assert f"on {devices} GPU" in said and f"({hours:.1f} GPU-hours)" in said
     assert "2500 images/s of one GPU as given for resnet18" in said and "at least: as fast as pretraining" in said
+
+
+@pytest.mark.parametrize("step_seconds, batch", [(0.01, 64), (0.1, 64), (0.5, 4)])
+def test_speed_is_measured_with_a_batch_that_keeps_the_processor_busy(monkeypatch, step_seconds, batch):
+    # A plan said 6 days for 4 hours: it had timed four images of 32x32, where calls cost more than arithmetic.
+    (cell,) = planned.cells_of(["data=fake", "model=mbv1", "model.width_mult=0.25", "recipe.batch_size=64"])
+    clock = itertools.count(0, step_seconds)
+    monkeypatch.setattr(step.time, "perf_counter", lambda: next(clock))
+    assert step.measure(cell.config, "cpu") == pytest.approx(batch / step_seconds)
 
 
 def test_speeds_come_from_records_of_the_same_kind_of_device():

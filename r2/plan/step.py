@@ -17,18 +17,26 @@ from r2.training.small_maps import fast_on_small_maps
 
 
 def measure(config: dict, device: str, steps: int = 2) -> float:
-    """Examples/s of bare training steps of the config's model, on random images of its size or texts of full length."""
-    batch = min(256 if device == "cuda" else 4, config["recipe"]["batch_size"])
-    model, inputs, labels = example(config, batch, device)
-    seconds = []
+    """Examples/s of bare training steps of the config's model, on random images of its size or texts of full length.
+
+    On a CPU the batch grows until a step takes a quarter of a second or has the recipe's batch: few images of a large
+    network tell its speed, few of a small one only what an operation costs to call.
+    """
+    largest = config["recipe"]["batch_size"]
+    batch = min(256 if device == "cuda" else 4, largest)
     keep_freed_memory()
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        loss = loss_of(config, model, inputs, labels)
-        loss.backward()
-        loss.item()
-        seconds.append(time.perf_counter() - began)
-    return batch / min(seconds[1:])
+    while True:
+        model, inputs, labels = example(config, batch, device)
+        seconds = []
+        for _ in range(steps + 1):
+            began = time.perf_counter()
+            loss = loss_of(config, model, inputs, labels)
+            loss.backward()
+            loss.item()
+            seconds.append(time.perf_counter() - began)
+        if device == "cuda" or batch == largest or min(seconds[1:]) >= 0.25:
+            return batch / min(seconds[1:])
+        batch = min(4 * batch, largest)
 
 
 def memory(config: dict, examples: int) -> tuple[float, float]:
