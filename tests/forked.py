@@ -2,10 +2,13 @@
 
 import contextlib
 import csv
+import importlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -52,6 +55,34 @@ def results(out):
         if path.name != "curve-weights.csv":
             assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(len(rows))]
     return found
+
+
+def call(command, cwd, timeout=300):
+    """As subprocess.run of `python -m` and the words of command, with what it prints captured, seconds sooner."""
+    with mock.patch.dict(os.environ, ENV), tempfile.TemporaryDirectory() as folder:
+        said = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        process = context.Process(target=_call, args=(command, cwd, said))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, process.exitcode, *(Path(path).read_text() for path in said))
+
+
+def _call(command, cwd, said):
+    os.chdir(cwd)
+    for number, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    multiprocessing.set_start_method(None, force=True)
+    name, *sys.argv[1:] = command
+    if name == "r2.run":
+        import r2.run
+        from r2 import cli
+
+        cli.main(r2.run.start, r2.run.ready, r2.run.compare)
+    else:
+        importlib.import_module(name).main()
 
 
 class Run:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import ENV, SMALL
@@ -124,7 +125,7 @@ def test_a_mistake_is_one_line_without_torch_and_nothing_is_written(told, words)
 
 
 def test_a_mistake_ends_the_program_with_2(r2):
-    done = r2("reg=margn", timeout=20)
+    done = r2("reg=margn", timeout=20, env={})
     assert done.returncode == 2 and done.stderr.startswith("r2: unknown reg 'margn'") and not r2.out.exists()
 
 
@@ -213,7 +214,6 @@ def test_a_swept_group_takes_a_key_that_the_default_lacks(r2):
 )
 def test_missing_data_is_met_once_and_leaves_nothing(words, tmp_path):
     """Met run by run, it would be told 24 to 72 times, and leave as many folders."""
-    command = [sys.executable, "-m", *words, "data=imagenet", f"data.root={tmp_path / 'none'}", "out=out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    done = forked.call([*words, "data=imagenet", f"data.root={tmp_path / 'none'}", "out=out"], tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "data.root=" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())

@@ -2,12 +2,11 @@ import itertools
 import json
 import re
 import statistics
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
-from conftest import ENV, SMALL
+from conftest import SMALL
 from hydra import initialize_config_dir
 
 from r2 import compose, reproduce
@@ -23,8 +22,7 @@ TINY = [*SMALL, "model=mbv1", "data.train_images=64", "data.val_images=50", "rec
 
 
 def program(tmp_path, *arguments, timeout=300):
-    command = [sys.executable, "-m", "r2.reproduce", f"out={tmp_path / 'out'}", *arguments]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=ENV)
+    return forked.call(["r2.reproduce", f"out={tmp_path / 'out'}", *arguments], tmp_path, timeout)
 
 
 def test_a_planned_run_and_its_command_are_the_same_run():
