@@ -198,6 +198,13 @@ def test_rows_put_full_precision_beside_its_own_runs():
     assert len(accuracy.size_rows([without_first])) == 1
 
 
+def test_panels_of_one_regularizer_are_left_out_beside_those_that_compare():
+    alone = record("l2", "lsq")
+    assert {row[1][1] for row in accuracy.bits_rows([alone])} == {"LSQ"}
+    compared = accuracy.bits_rows([alone, record("l2"), record("margin")])
+    assert {(row[1][1], row[4]) for row in compared} == {("EWGS", "l2"), ("EWGS", "margin")}
+
+
 def test_three_bins_and_the_layer_they_are_shown_for():
     even = np.linspace(-1, 1, 101)
     assert distributions.zero_bin(np.array([-4.0, -1.9, 0.0, 1.9, 2.1])) == pytest.approx(3 / 5)

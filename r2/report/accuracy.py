@@ -24,7 +24,8 @@ MARKERS = {"none": "o", "dfq": "s", "adaround": "^", "pact": "P", "lsq": "v", "e
 def bits_rows(records: list[Record]) -> list[list]:
     """[model, panel, place, text, reg, seed, top1] of every run that compresses all layers, and of full precision.
 
-    A panel is [rank, title]; a place orders the texts under its x axis.
+    A panel is [rank, title]; a place orders the texts under its x axis. Panels of one regularizer are left out beside
+    those that compare several.
     """
     # A model regularized over vectors is another one. PACT trains from scratch: its full precision is the others'.
     full = {(*_who(r), r["axes"].get("dim") or 1): r["fp32"]["top1"] for r in records if r["fp32"]}
@@ -39,7 +40,11 @@ def bits_rows(records: list[Record]) -> list[list]:
             if top1 is not None:
                 key = (*who, *where)
                 rows[key] = [model, list(where[:2]), *where[2:], reg, seed, top1]
-    return sorted(rows.values())
+    regs: dict[tuple, set] = defaultdict(set)
+    for model, panel, _, _, reg, *_ in rows.values():
+        regs[model, panel[1]].add(reg)
+    least = min(2, max(map(len, regs.values()), default=0))
+    return sorted(row for row in rows.values() if len(regs[row[0], row[1][1]]) >= least)
 
 
 def _who(record: Record) -> tuple:
