@@ -160,6 +160,21 @@ def test_aimets_folding_is_a_column_of_its_own():
     assert cells[("mbv1-0.25", "l2"), NONE._replace(folding="aimet")] == {0: 10, 1: 11}
 
 
+def test_what_contradicts_the_paper_comes_first_and_what_is_undecided_last():
+    values = {
+        "l2": (60, 61, 62),
+        "kure": (10, 11, 12),
+        "linf": (80, 20, 50),
+        "margin": (80, 20, 50),
+        "l2_10x": (0, 1, 2),
+    }
+    records = [none(reg, seed, top1) for reg, of_reg in values.items() for seed, top1 in enumerate(of_reg)]
+    (found,) = claims.findings(records).values()
+    told = [finding.verdict for _, finding in found[""]]
+    assert len(set(told)) > 1
+    assert told == sorted(told, key=["does not hold", "holds", "undecided"].index)
+
+
 def test_every_claim_of_a_table_can_be_asked_of_the_paper():
     effects = {claim.text: claims.of_paper(claim) for claim in CLAIMS if claim.tables}
     assert None not in effects.values()

@@ -26,6 +26,7 @@ from r2.report.tables import (
 )
 
 ALPHA = 0.05
+_ORDER = ("does not hold", "holds", "undecided")
 TOLERANCE = 1.0  # points of top-1 that count as no loss, or as no difference
 
 
@@ -176,14 +177,14 @@ def judge(claim: Claim, cells: Cells) -> Finding | None:
 
 
 def judge_all(cells: dict[Outcome, Cells], asked: Iterable[Claim]) -> list[tuple[Claim, Finding]]:
-    """The claims that a study can be asked, with p values adjusted over them."""
+    """The claims that a study can be asked, with p values adjusted over them: what contradicts the paper first, what is
+    undecided last."""
     askable = [claim for claim in asked if samples(claim, cells[claim.outcome])]
     alone = [(claim, _compared(claim, cells[claim.outcome], len(askable))) for claim in askable]
     found = [(claim, finding) for claim, finding in alone if finding is not None]
     adjusted = holm([finding.p for _, finding in found])
-    return [
-        (claim, _decided(claim, finding._replace(p=p))) for (claim, finding), p in zip(found, adjusted, strict=True)
-    ]
+    judged = [(claim, _decided(claim, one._replace(p=p))) for (claim, one), p in zip(found, adjusted, strict=True)]
+    return sorted(judged, key=lambda one: _ORDER.index(one[1].verdict))
 
 
 def _compared(claim: Claim, cells: Cells, claims: int) -> Finding | None:
