@@ -91,8 +91,20 @@ def resolve(cfg: DictConfig, of_hydra: Any) -> dict:
     if module == "r2.zoo":
         hub.check_name(library, config["model"]["name"])
     config["weights"] = hub.settle(given, config["model"])
+    _check_regularizer(config)
     config["overrides"] = [*places, *_overrides(cfg, plain, choices)]
     return config
+
+
+def _check_regularizer(config: dict) -> None:
+    """Refuse one that nothing applies: tables would show a network under its name that never saw it."""
+    taken = config["weights"] is not None and not config["weights"]["trained"]
+    scratch = config["stage"].get("from_scratch", False)
+    if taken and not scratch and config["reg"] != {"_target_": "r2.regularizers.L2", "factor": 1.0}:
+        raise UserError(
+            f"reg={config['choices']['reg']}: is not applied to weights that are taken as they are; "
+            "add model.finetune=true, or leave reg out"
+        )
 
 
 def _overrides(cfg: DictConfig, plain: DictConfig, choices: dict) -> list[str]:

@@ -73,7 +73,7 @@ ImageSize = Count | Annotated[list[Count], Len(2, 2)]  # of a square, or [height
 
 def _named(place: str) -> str:
     if not place:
-        raise PydanticCustomError("place", "has to name a folder")
+        raise PydanticCustomError("place", "must not be empty")
     return place
 
 
@@ -277,11 +277,13 @@ def build(node: dict, *args: Any, **kwargs: Any) -> Any:
     if not str(node.get("_target_", "")).startswith("r2."):
         raise UserError(f"_target_={node.get('_target_')!r}: only targets inside r2 are built")
     _check_node({k: v for k, v in node.items() if k != "_target_"}, node["_target_"], "")  # a record's may be anybody's
-    from hydra.utils import get_object
-
     # Not by Hydra's instantiate: it would read the resolved values once more, and a ${...} that is text as a reference.
     values = {key: copy.deepcopy(value) for key, value in node.items() if key != "_target_"}
-    target = get_object(node["_target_"])
+    module, _, name = node["_target_"].rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{node['_target_']} needs {error.name}: pip install {error.name}") from None
     try:
         inspect.signature(target).bind(*args, **values, **kwargs)
     except TypeError as error:

@@ -249,6 +249,16 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256((text + store.digest(dict(sorted(tensors.items())))).encode()).hexdigest()
 
 
+def check(path: Path) -> None:
+    """Raises:
+    UserError: the packed file of a finished run is damaged.
+    """
+    try:
+        _read(path)
+    except UserError as error:
+        raise UserError(f"{error}; force=true runs this stage again") from None
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors of an undamaged file."""
     try:
@@ -261,7 +271,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UserError(f"{path}: is not a packed file of this version of r2 (format {FORMAT})")
     if header.get("sha256") != _digest(header, tensors):
-        raise UserError(f"{path}: is damaged, its contents do not match its sha256; pack the model again")
+        raise UserError(f"{path}: is damaged, its contents do not match its sha256")
     return header, tensors
 
 

@@ -16,7 +16,7 @@ from r2.data.batches import Data
 from r2.dist import World, sync_batchnorm
 from r2.identity import of_pretraining, trains
 from r2.recipe import Recipe, optimizer_of
-from r2.record import Pretrained
+from r2.record import Pretrained, reused
 from r2.regularizers import describe
 from r2.store import Run
 from r2.trackers import Tracker
@@ -45,7 +45,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
             state = run.finished()
             check_data(data.fingerprint(), state.get("data"), finished)  # an older version saved none
             model.load_state_dict(state["model"])
-            run.say(f"pretrained: {directory} (finished, not repeated)")
+            run.say(f"pretrained: {directory} (finished, not repeated){reused()}")
             return model.eval(), Pretrained(**state["info"])
         if world.main:
             store.write_json(directory / "config.json", identity.values)
@@ -54,7 +54,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
         if trains(config):
             done = asdict(_trained(model, config, data, recipe, run))
         else:
-            run.say(f"not pretrained: {config['weights']['source']} as it is, without reg={config['choices']['reg']}")
+            run.say(f"pretrained weights: {config['weights']['source']}, unchanged")
         metrics = evaluate(model, data, world, recipe)
         known = Pretrained(
             weights=describe(model),

@@ -136,6 +136,7 @@ def provenance(device: Any) -> dict:
             "type": device.type,
             "name": name,
             "machine": platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),  # rounding depends on them
             "threads": torch.get_num_threads(),
         },
         "versions": versions,
@@ -155,7 +156,7 @@ def cpu_name() -> str:
 
 @functools.cache
 def commit() -> str | None:
-    """The checkout's commit, with '+' if files differ from it; None outside a checkout."""
+    """The checkout's commit, with '+' if its files differ or r2 or configs have new ones; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -164,9 +165,17 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = changed or git("ls-files", "--others", "--exclude-standard", "r2", "configs")  # a method of one's own
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def reused() -> str:
+    """What to add where something finished is taken, since names of runs hold options and no code."""
+    changed = (commit() or "").endswith("+")
+    return "; the code has uncommitted changes: out=DIR starts anew with them" if changed else ""
 
 
 def _mib(path: Path) -> float | None:

@@ -75,10 +75,10 @@ def read(arguments: list[str]) -> Request:
     if not wanted:
         raise UserError("nothing asked for: give table=1..7, figure=1,2 or all")
     if own.get("plan", "false") not in ("true", "false"):
-        raise UserError(f"plan={own['plan']}: is true or false")
+        raise UserError(f"plan={own['plan']}: must be true or false")
     jobs = own.get("jobs", "1")
     if not jobs.isdecimal() or int(jobs) < 1:
-        raise UserError(f"jobs={jobs}: is a whole number, 1 or more")
+        raise UserError(f"jobs={jobs}: must be a whole number, 1 or more")
     speeds = _speeds(own["images_per_second"]) if "images_per_second" in own else {}
     if speeds and own.get("plan") != "true" and overrides.get("check") != "true":
         raise UserError(f"images_per_second={own['images_per_second']}: only a plan uses it; add plan=true")
@@ -98,7 +98,9 @@ def _speeds(text: str) -> dict[str, float]:
         name, _, number = part.rpartition(":")
         value = float(number) if re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", number) else 0.0
         if name in found or not 0 < value < math.inf:
-            raise UserError(f"images_per_second={text}: is a number above 0, or NETWORK:NUMBER,... as mbv1-0.25:9000")
+            raise UserError(
+                f"images_per_second={text}: must be a number above 0, or NETWORK:NUMBER,... as mbv1-0.25:9000"
+            )
         found[name] = value
     return found
 
@@ -128,6 +130,8 @@ def reproduce(request: Request) -> int:
         if speeds.device == "cpu":
             print("for GPU-hours, add images_per_second=N, the training speed of one GPU "
                   "(a column of a run's curve-pretrain.csv)")  # fmt: skip
+        if given is None:
+            print("check=true tells whether they would start on this machine")
         return 0
     missing = [cell for cell in cells if not cell.finished(request.records)]
     if cells[0].config["check"]:

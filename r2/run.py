@@ -59,10 +59,14 @@ def experiment(config: dict, world: "World") -> "Record":
     with store.lock(directory, world, run.say):
         finished = directory / "record.json"
         if world.broadcast(finished.exists() and not config["force"]):
-            run.say(f"{directory}: finished before, not repeated (force=true repeats it)")
             found = record.read(finished, identity.name)
+            packed = directory / "model.safetensors"
+            if packed.exists():
+                pack.check(packed)
+            run.say(f"{directory}: finished before, not repeated (force=true repeats it){record.reused()}")
         else:
             with contextlib.closing(build(config["data"]).to(world)) as data:
+                run.say(f"run {identity.name}")
                 run.say(f"{columns['data']}: {data.describe()}")
                 tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
                 run.log = tracker.log

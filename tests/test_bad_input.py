@@ -12,7 +12,7 @@ from PIL import Image
 from test_security import composed
 from torch import nn
 
-from r2 import compose, store
+from r2 import compose, record, store
 from r2.config import UserError
 from r2.data.batches import IGNORED
 from r2.data.folder import Folder
@@ -406,6 +406,26 @@ def refused(config):
         experiment(config, World())
     assert "\n" not in str(told.value)
     return str(told.value)
+
+
+def test_a_damaged_file_of_a_finished_run_is_named(two_runs, tmp_path):
+    (folder, _), (config, _) = copy_of(two_runs, tmp_path)
+    packed = folder / "model.safetensors"
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:-100])
+    told = refused(config)
+    assert told.startswith(f"{packed}: cannot be read") and told.endswith("force=true runs this stage again")
+    assert experiment({**config, "force": True}, World())["sha256"]["packed"] == store.sha256_of(packed)
+    assert packed.read_bytes() == whole
+
+
+def test_code_that_may_have_changed_is_said_where_something_finished_is_reused(two_runs, tmp_path, capsys, monkeypatch):
+    _, (config, _) = copy_of(two_runs, tmp_path)
+    for commit, said in (("abc", False), ("abc+", True)):
+        monkeypatch.setattr(record, "commit", lambda commit=commit: commit)
+        experiment({**config, "force": commit == "abc+"}, World())  # the run, then the pretraining of a repeated one
+        told = capsys.readouterr().out
+        assert "not repeated" in told and ("uncommitted changes: out=DIR starts anew" in told) == said
 
 
 def test_a_finished_pretraining_that_is_anothers_or_altered_is_named(two_runs, tmp_path):

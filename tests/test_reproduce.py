@@ -90,7 +90,7 @@ def test_table_7_keeps_its_data_among_the_others():
         (["table=2", "jobs=0"], "jobs=0"),
         (["table=2", "images_per_second=2500"], "add plan=true"),
         (["table=2", "images_per_second=fast", "plan=true"], "images_per_second=fast"),
-        (["table=2", "images_per_second=5,6", "plan=true"], "images_per_second=5,6: is a number above 0, or"),
+        (["table=2", "images_per_second=5,6", "plan=true"], "images_per_second=5,6: must be a number above 0, or"),
         (["table=2", "images_per_second=mbv3:5", "plan=true"], "mbv3:5: the plan's networks are mbv1-0.25, mbv1-1.0, "),
         (["table=2", "images_per_second=mbv1-1.0:5", "plan=true"], "says nothing of mbv2-1.0; add"),
         (["table=6,7", "images_per_second=5", "plan=true"], "says nothing of mobilebert; add ,mobilebert:N"),

@@ -172,9 +172,20 @@ def test_a_file_that_changes_after_it_was_named_is_refused(tmp_path):
 
 def test_a_sweep_is_refused_once_before_its_first_run(tmp_path, r2):
     path = saved(tmp_path / "a.pth", state_of(classes=7))
-    done = r2("-m", *SMALL, "model=mbv2", f"model.weights={path}", "stage=fp32,none", "reg=l2,linf")
+    words = [*SMALL, "model=mbv2", f"model.weights={path}", "model.finetune=true"]
+    done = r2("-m", *words, "stage=fp32,none", "reg=l2,linf")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "model.reset_head=true" in done.stderr and not list(r2.out.glob("*/*"))
+
+
+def test_a_regularizer_that_would_not_act_is_refused(tmp_path):
+    words = [*TINY, "model=mbv2", f"model.weights={saved(tmp_path / 'a.pth', state_of())}", "reg=margin"]
+    with pytest.raises(UserError, match="reg=margin: is not applied .* model.finetune=true"):
+        composed(*words, "stage=lsq")
+    with pytest.raises(UserError, match="reg=l2_10x: is not applied"):
+        composed(*words[:-1], "reg=l2_10x")
+    composed(*words, "model.finetune=true")
+    composed(*words, "stage=pact")  # trains by the whole recipe
 
 
 def test_without_a_network_one_line_says_where_torchvisions_file_belongs(tmp_path, monkeypatch):

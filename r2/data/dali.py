@@ -1,4 +1,4 @@
-"""Training images of the shards decoded by NVIDIA DALI, on the GPU if there is one (pip install '.[dali]').
+"""Training images of the shards decoded by NVIDIA DALI, on the GPU if there is one (pip install -e '.[dali]').
 
 Order, crops and flips are those of `imagenet_shards`; pixels differ by rounding, because decoder and resize differ.
 Validation and calibration images are read by `imagenet_shards` and are identical.

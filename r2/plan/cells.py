@@ -100,7 +100,7 @@ def cells_of(overrides: list[str]) -> list[Cell]:
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
-        raise UserError(f"seed={text}: is a whole number, 0 or more")
+        raise UserError(f"seed={text}: must be a whole number, 0 or more")
     return int(text)
 
 

@@ -138,7 +138,7 @@ OWN = [
           _over(R2[:2], ("l2",), _PTQ["none"]), outcome="sqnr"),
     Claim("R2 raises the SQNR of 4-bit nearest rounding over KURE", "", (),
           _over(R2[:2], ("kure",), _PTQ["none"]), outcome="sqnr"),
-    Claim("Folding channels that do not vary to constants helps nearest rounding", "", (),
+    Claim("Folding channels that do not vary to constants helps nearest rounding (L2, L-inf, margin)", "", (),
           (Term(1, ("l2", *R2[:2]), _PTQ["none"]), Term(-1, ("l2", *R2[:2]), _AIMET))),
 ]  # fmt: skip
 
@@ -273,8 +273,11 @@ def markdown(records: Iterable[Record]) -> str:
         "samples over seeds; intervals are Welch's with Satterthwaite's degrees\nof freedom, models are averaged. A "
         f"claim *holds* or *does not hold* when p, adjusted by Holm over the claims of one table, is below {ALPHA:g}"
         f"\n({TOLERANCE:g} point counts as no loss and as no difference), else it is *undecided*; the number of seeds "
-        "that would decide it takes effect\nand spread as they are. The paper gives one number per cell, so its "
-        "effects have no interval.\n"
+        "that would decide it assumes this effect\nand this spread. The paper gives one number per cell, so its "
+        "effects have no interval; they are averages over its networks.\n\n"
+        "R2 is the mean over the regularizers of the paper's table: L-inf and margin, for PACT, LSQ and DKM also "
+        "soft-min-max, unless\nthe claim names them. Seeds are those of the regularizer with the fewest. A comparison "
+        "of two stages takes the seeds that have both.\n"
     ]
     listed = list(records)
     main, of_studies = main_study(listed), findings(listed)

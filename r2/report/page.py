@@ -178,9 +178,10 @@ def block(records: list[Record]) -> str:
         ]
         parts.append(
             "The paper's claims, tested here. Effects are points of top-1, dB of SQNR, or the log of the crest "
-            "max|w| / std. A positive effect is in the claim's favour, except in claims of no change. In claims of no "
-            "loss or no difference, 1 point counts as none. p is adjusted for the number of claims; below 0.05 a claim "
-            "is decided ([intervals](results/claims.md)):\n"
+            "max|w| / std; a difference of 1 point counts as no loss and as no difference. R2 is the mean of L-inf and "
+            "margin, for PACT, LSQ and DKM also of soft-min-max. A claim is decided where p, adjusted for the number "
+            "of claims, is below 0.05. Seeds are those of the regularizer with the fewest "
+            "([intervals](results/claims.md)):\n"
         )
         parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "p", "Seeds", "Verdict"], *judged]))
     return "\n".join(parts)

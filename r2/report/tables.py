@@ -307,7 +307,8 @@ def heading(grid: Grid) -> str:
 
 def markdown(records: list[Record]) -> str:
     parts = []
-    for key, cells in measured(records).items():
+    main = main_study(records) if records else None
+    for key, cells in sorted(measured(records).items(), key=lambda study: study[0] != main):
         parts.append(f"## {key.label}\n\nTop-1 in %; mean ± standard deviation (seeds)"
                      + ("; [..] the paper's value.\n" if key.full else ".\n"))  # fmt: skip
         for grid in grids(key, cells):

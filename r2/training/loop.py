@@ -70,6 +70,11 @@ def train(
     check_batch(recipe, world, phase, model)
     steps = data.steps(recipe.batch_size)
     total, warmup = steps * recipe.epochs, round(steps * recipe.warmup_epochs)
+    if 0 < total <= warmup:
+        run.say(
+            f"{phase}: warmup_epochs={recipe.warmup_epochs:g} takes all {recipe.epochs} epochs, so the learning rate "
+            "only rises; set recipe.warmup_epochs below recipe.epochs"
+        )
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group.setdefault("initial_lr", group["lr"])
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16" and device.type == "cuda")

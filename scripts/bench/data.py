@@ -9,7 +9,7 @@ batches on the device. Every round runs each variant once, in turn; the best rou
 
 The JPEGs are made here: 500x375 Gaussian noise with the 1/f^1.1 amplitude of photographs, a quarter as much colour as
 brightness, at a quality (90) that gives about ImageNet's mean of 115 KB. --formats compares reading the stored bytes
-alone, in random order, with WebDataset and LitData (pip install '.[bench]').
+alone, in random order, with WebDataset and LitData (pip install -e '.[bench]').
 """
 
 import argparse

@@ -7,7 +7,7 @@ and the rest goes on. <out>/gpu.json is written after every section; `python -m 
 docs/results.md of results/gpu. Without a CUDA device, or with --smallest, everything runs at its smallest size, which
 measures nothing and shows that it runs; on a CPU the limits are ten times as long.
 
-Peers take part where they are installed: timm, Brevitas and coremltools (pip install '.[bench]' has the last two).
+Peers take part where they are installed: timm, Brevitas and coremltools (pip install -e '.[bench]' has the last two).
 """
 
 import argparse
