@@ -249,16 +249,6 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256((text + store.digest(dict(sorted(tensors.items())))).encode()).hexdigest()
 
 
-def check(path: Path) -> None:
-    """Raises:
-    UserError: the packed file of a finished run is damaged.
-    """
-    try:
-        _read(path)
-    except UserError as error:
-        raise UserError(f"{error}; force=true runs this stage again") from None
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors of an undamaged file."""
     try:

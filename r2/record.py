@@ -172,6 +172,21 @@ def commit() -> str | None:
         return None
 
 
+def check_packed(found: Record, packed: Path) -> None:
+    """Refuse a packed file, if it is still there, that is damaged or another record's.
+
+    Raises:
+        UserError: its sha256 is not the record's.
+    """
+    from r2.store import sha256_of
+
+    sha256 = found["sha256"].get("packed")  # the oldest records have none
+    if sha256 and packed.exists() and sha256_of(packed) != sha256:
+        raise UserError(
+            f"{packed}: is not the file that record.json tells of, or damaged (sha256); force=true runs the stage again"
+        )
+
+
 def reused() -> str:
     """What to add where something finished is taken, since names of runs hold options and no code."""
     changed = (commit() or "").endswith("+")

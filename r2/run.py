@@ -60,9 +60,7 @@ def experiment(config: dict, world: "World") -> "Record":
         finished = directory / "record.json"
         if world.broadcast(finished.exists() and not config["force"]):
             found = record.read(finished, identity.name)
-            packed = directory / "model.safetensors"
-            if packed.exists():
-                pack.check(packed)
+            record.check_packed(found, directory / "model.safetensors")
             run.say(f"{directory}: finished before, not repeated (force=true repeats it){record.reused()}")
         else:
             with contextlib.closing(build(config["data"]).to(world)) as data:

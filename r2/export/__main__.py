@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from r2 import export, pack, record, store
+from r2 import export, pack, record
 from r2.cli import refusals
 from r2.config import UserError, build, height_and_width, shell_word
 from r2.data.batches import Data
@@ -69,9 +69,7 @@ def export_run(run: Path, out: Path, to: str = "onnx", places: Iterable[str] = (
     _check_finished(run)
     model = pack.load(run / "model.safetensors")
     found = record.read(run / "record.json")
-    packed = found["sha256"].get("packed")  # the oldest records have none
-    if packed not in (None, store.sha256_of(run / "model.safetensors")):
-        raise UserError(f"{run / 'model.safetensors'}: is not the file that record.json tells of (sha256)")
+    record.check_packed(found, run / "model.safetensors")
     config = _placed(found["config"]["data"], places)
     known = facts({**found["config"], "choices": found["choices"]})
     card.read(out.parent)  # refused before anything is written
