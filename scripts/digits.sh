@@ -8,8 +8,12 @@ sweep() { "${PYTHON:-.venv/bin/python}" -m r2.run -m data=digits "$@"; }
 for threads in 1 2; do
   sweep model=mbv2 reg=margin stage=ewgs seed=0,1,2,3,4,5,6,7,8,9 threads=$threads out=outputs/digits/$threads "$@"
 done
-stages=none,dfq,adaround,ewgs,lsq,pact,dkm
+table() {
+  sweep reg=l2,margin seed=0,1 threads=1 out=outputs/digits/1 "$@"
+  sweep reg=l2_10x,kure,linf,smm seed=0 threads=1 out=outputs/digits/1 "$@"
+}
 for model in mbv2 mbv1 rn18; do
-  sweep model=$model stage=$stages reg=l2,margin seed=0,1 threads=1 out=outputs/digits/1 "$@"
-  sweep model=$model stage=$stages reg=l2_10x,kure,linf,smm seed=0 threads=1 out=outputs/digits/1 "$@"
+  table model=$model stage=none,dfq,adaround,ewgs,lsq,dkm "$@"
 done
+table model=rn18 stage=pact "$@"
+table model=mbv1,mbv2 stage=pact recipe.epochs=150 "$@" # from scratch, depthwise layers need more steps (docs/pilots.md)
