@@ -270,7 +270,7 @@ class PACT(QAT):
         if self.from_scratch and depthwise and bits <= 2 and each * recipe.epochs < _ENOUGH_STEPS:
             run.say(
                 f"pact: at 2 bits from scratch, networks with depthwise convolutions stay at chance for the first 500 "
-                f"to 900 steps (docs/pilots.md), and this training has {each * recipe.epochs:,}; set recipe.epochs to "
+                f"to 1,100 steps (docs/pilots.md), and this one has {each * recipe.epochs:,}; set recipe.epochs to "
                 f"{-(-_ENOUGH_STEPS // each)} or more"
             )
         return super().__call__(model, data, recipe, run, regularizer)
