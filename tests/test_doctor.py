@@ -105,7 +105,7 @@ def test_every_problem_is_one_line(tmp_path, capsys, monkeypatch):
     lines = problems(capsys, cell(tmp_path / "file" / "out", *words).config)
     assert len(lines) == 3 and all(line.startswith("r2: ") for line in lines)
     assert "batch_size=64 does not divide by 5 devices" in lines[0]
-    assert "0 class folders, not 1000" in lines[1] and "cannot write to" in lines[2]
+    assert "there is no folder" in lines[1] and "cannot write to" in lines[2]
 
 
 def test_a_full_disk_is_a_problem(tmp_path, capsys, monkeypatch):
@@ -175,7 +175,7 @@ def test_the_command_line_ends_with_2(r2, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr and not r2.out.exists()
     *measuring, first, last = done.stderr.splitlines()
     assert [line.split(" of ")[0] for line in measuring] == ["r2: measuring a training step"]
-    assert "0 class folders" in first and last == "r2: the run would not start: 1 problem, see above"
+    assert "there is no folder" in first and last == "r2: the run would not start: 1 problem, see above"
 
 
 @pytest.mark.parametrize("elsewhere", [[], ["images_per_second=100"]])

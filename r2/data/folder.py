@@ -99,6 +99,11 @@ class Folder(Images):
         for folder, names in zip(folders, classes, strict=True):
             if not names and (advice := misplaced(folder)):
                 raise UserError(f"data.root={root}: {advice}")
+            if not folder.is_dir():
+                raise UserError(
+                    f"data.root={root}: there is no folder {folder}; set data.root to one that has "
+                    "train/<class>/<image> and val/<class>/<image>"
+                )
             if len(names) != (len(classes[0]) if num_classes is None else num_classes):
                 more = f"; {differ}" if differ else "" if num_classes is None else "; images of your own: data=folder"
                 raise UserError(f"data.root={root}: {folder} has {len(names)} class folders, not {num_classes}{more}")
@@ -284,6 +289,9 @@ def imagenette(
             Imagenette(root, download=True)
         except Exception as error:
             reason = first_line(error)
-            raise UserError(f"data.root={root}: no imagenette there, and it cannot be downloaded ({reason})") from None
+            raise UserError(
+                f"data.root={root}: no imagenette there, and it cannot be downloaded ({reason}); put the extracted "
+                "imagenette2 there"
+            ) from None
         folder = Path(root) / "imagenette2"
     return Folder(str(folder), 10, image_size, workers, on_bad_image, calibration_images)

@@ -4,12 +4,14 @@ A worker writes uint8 pixels into memory shared with the main process, `PIECE` i
 and the labels go through a queue. So a batch is copied once, and all workers fill it together.
 """
 
+import atexit
 import contextlib
 import io
 import multiprocessing
 import re
 import shutil
 import signal
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -48,6 +50,12 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What a message calls the image."""
         ...
+
+
+def _close(data: "weakref.ref[Images]") -> None:
+    """At Python's end, of data that nobody has closed: multiprocessing would wait for workers that ignore SIGTERM."""
+    if (found := data()) is not None:
+        found.close()
 
 
 class Images(Data):
@@ -148,6 +156,7 @@ class Images(Data):
     def _started(self) -> Any:
         """The loader with its worker processes, which live as long as the data set."""
         if self._loader is None:
+            atexit.register(_close, weakref.ref(self))
             from torch.utils.data import DataLoader
 
             self._tasks.places = self.workers * AHEAD + 1  # one more than the tasks that are under way

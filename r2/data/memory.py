@@ -163,7 +163,10 @@ def cifar10(root: str, augment: bool = True, calibration_images: Count = 1024) -
         sets = [CIFAR10(folder, train=train, download=True) for train in (True, False)]
     except Exception as error:
         reason = first_line(error)
-        raise UserError(f"data.root={root}: no CIFAR-10 there, and it cannot be downloaded ({reason})") from None
+        raise UserError(
+            f"data.root={root}: no CIFAR-10 there, and it cannot be downloaded ({reason}); put "
+            f"{CIFAR10.base_folder} or {CIFAR10.filename} there"
+        ) from None
     train, val = [(torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets]
     return Memory(train, val, 10, calibration_images, augment, flip=True)
 

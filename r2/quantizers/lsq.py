@@ -130,7 +130,8 @@ def bounds(bits: int, signed: bool) -> tuple[int, int]:
     """
     if signed and bits == 1:
         raise UserError(
-            "lsq at 1 bit signed is not defined: its largest level is 0, so the step 2 mean|w| / sqrt(0) is infinite"
+            "lsq at 1 bit signed is not defined: its largest level is 0, so the step 2 mean|w| / sqrt(0) is infinite; "
+            "give 2 bits or more"
         )
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
