@@ -74,8 +74,13 @@ def _call(command, cwd, said):
     os.chdir(cwd)
     for number, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    multiprocessing.set_start_method(None, force=True)
-    name, *sys.argv[1:] = command
+    _enter(*command)
+
+
+def _enter(name, *words):
+    """As `python -m` does."""
+    multiprocessing.set_start_method(None, force=True)  # the system's own, for processes that the run starts
+    sys.argv[1:] = words
     if name == "r2.run":
         import r2.run
         from r2 import cli
@@ -139,17 +144,12 @@ def _main(log, words, before, env, writer):
     for number in (1, 2):
         os.dup2(file, number)
     os.environ.update(env)
-    multiprocessing.set_start_method(None, force=True)  # the system's own, for processes that the run starts
-    sys.argv[1:] = words
-    import r2.run
-    from r2 import cli
-
     for phase, functions in PHASES.items():
         for name, function in functions:
             _marked(writer, phase, name, function)
     if before:
         before()
-    cli.main(r2.run.start, r2.run.ready, r2.run.compare)
+    _enter("r2.run", *words)
 
 
 def _marked(writer, phase, name, function):
