@@ -243,7 +243,8 @@ def test_post_training_stages_are_counted_by_what_they_do():
 
 
 def test_post_training_is_counted_about_as_the_published_records_took_it():
-    found = [r for r in cost.known_records([RESULTS / "records"]) if r["device"]["threads"] == 1]
+    # The first seeds' runs, one at a time: the study's ran beside other work, which stretches AdaRound's short steps.
+    found = [r for r in cost.known_records([RESULTS / "records"]) if r["axes"]["seed"] < 10]
     for model, stage in itertools.product(("mbv1-0.25", "mbv2-0.25"), ("none", "dfq", "adaround")):
         of_stage = [r for r in found if (r["axes"]["model"], r["axes"]["stage"]) == (model, stage)]
         took, counted = [], []
