@@ -74,9 +74,12 @@ def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None], comp
     sweep = False
     failures: list[str] = []  # of the jobs that ran in this process
     returned: list[Any] = []
+    total = 0  # jobs of the sweep
 
     def job(cfg: DictConfig) -> Any:
         context = HydraConfig.get()
+        if total:
+            print(f"r2: {context.job.num + 1} of {total}", flush=True)
         words = " ".join(map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ()))
         try:
             returned.append(start(resolve(cfg, context)))
@@ -104,6 +107,7 @@ def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None], comp
         try:
             if sweep and not any(argument.startswith("--") for argument in sys.argv[1:]):  # --help, --cfg, ...
                 configs = check_sweep(sys.argv[2:])
+                total = len(configs)
                 if not any(word.startswith("hydra/launcher=") for word in sys.argv[1:]):  # else: on other machines
                     ready(configs)
             hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(job)()

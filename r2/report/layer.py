@@ -1,5 +1,6 @@
 """The plot of a run: the weights of one layer of its pretrained model; for a sweep, one plot per regularizer."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def compare(records: list[Record]) -> None:
     """The end of a sweep: a table of its runs, and one layer under each of their regularizers."""
     console.comparison(records)
     if len({record["axes"]["reg"] for record in records}) > 1:
-        path = Path(records[0]["config"]["out"]) / "weights.png"
-        path.unlink(missing_ok=True)  # of another sweep
+        runs = hashlib.sha256(" ".join(sorted(record["name"] for record in records)).encode()).hexdigest()[:8]
+        path = Path(records[0]["config"]["out"]) / f"weights-{runs}.png"  # another sweep keeps its own
+        path.unlink(missing_ok=True)  # of the same one, before some run was repeated
         beside(records, path)
