@@ -48,12 +48,12 @@ def refusals() -> Iterator[None]:
         refuse(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # in a training phase Ctrl-C first writes a checkpoint (r2.training.resume)
-        print("r2: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        print("r2: interrupted; the same command resumes and repeats nothing that is finished", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 class JobRefused(Exception):
-    """A job of a sweep that a user's mistake has stopped, as it has said."""
+    """A job of a sweep that a user's mistake has stopped; already reported."""
 
 
 class JobFailed(Exception):

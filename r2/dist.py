@@ -333,7 +333,7 @@ def _name_the_hung(world: World, seconds: float, error: RuntimeError) -> None:
     if timed_out and hung and world.rank == waited[0]:
         print(
             f"r2: rank {', '.join(hung)} of {world.size} hangs: no answer for {seconds:g} s (dist_timeout_seconds); "
-            "the same command goes on from the last checkpoint",
+            "the same command resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

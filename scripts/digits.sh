@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How dependable the first command and its neighbours are, on the embedded digits: the main job with ten seeds by one and by
-# two threads, then every network and stage at its defaults. Hours on two cores; what is finished is skipped.
+# How much results on scikit-learn's digits vary: the first command with ten seeds, by one and by two threads, then every
+# network and stage at its defaults. Hours on two cores; what is finished is skipped.
 # scripts/pilots.py outputs/digits/1 prints the table. More arguments go to every command.
 set -euo pipefail
 cd "$(dirname "$0")/.."

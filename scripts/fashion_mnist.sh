@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study in results/: the paper's claims on Fashion-MNIST by configs/recipe/study.yaml, frozen in
 # results/fashion_mnist/protocol.md. Many hours on one core; what is finished is not repeated, and records=results/records
-# runs only what the repository lacks. Arguments go on to r2.reproduce: plan=true says what would be done.
+# runs only what the repository lacks. Arguments are passed to r2.reproduce; plan=true prints the plan.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)

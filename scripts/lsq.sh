@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# LSQ at 2 bits at its worst: every network on digits, three regularizers, three seeds, and for the narrow ones both starts of
-# the steps. What is finished is skipped; scripts/pilots.py outputs/lsq prints the table, with the lowest SQNR of any layer.
+# Hard cases for LSQ at 2 bits: every network on digits, three regularizers, three seeds, and for the narrow networks both
+# initial step sizes. What is finished is skipped; scripts/pilots.py outputs/lsq prints the table, with the lowest SQNR of any layer.
 # More arguments go to every command.
 set -euo pipefail
 cd "$(dirname "$0")/.."

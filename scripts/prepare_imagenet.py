@@ -7,8 +7,8 @@ python scripts/prepare_imagenet.py --out data/imagenet_shards        # checks th
   ILSVRC2012_img_train.tar         one tar per class
   ILSVRC2012_img_val.tar           50,000 images
   ILSVRC2012_devkit_t12.tar.gz     the validation ground truth and the classes' names
-Both give the same shards. A stopped run goes on with the same command; the manifest comes last, with the count and
-sha256 of every shard. r2/data/shards.py says what a shard is.
+Both give the same shards. An interrupted run resumes with the same command; the manifest is written last, with the
+count and sha256 of every shard. r2/data/shards.py says what a shard is.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def write_shard(job: Job) -> dict:
         os.replace(part, job.path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {job.path} ({error.strerror}); the same command goes on from here") from None
+        raise UserError(f"cannot write {job.path} ({error.strerror}); the same command resumes here") from None
     buffer = io.BytesIO()
     np.savez(buffer, **index)
     store.write(index_path, buffer.getvalue())
@@ -240,9 +240,12 @@ def main() -> None:
         except Timeout:
             text, code = f"{arguments.out}: another process is writing there", 2
         except BrokenProcessPool:
-            text, code = "a worker was killed, out of memory perhaps; the same command goes on, with fewer --workers", 1
+            text, code = (
+                "a worker was killed, out of memory perhaps; resume with the same command and fewer --workers",
+                1,
+            )
         except KeyboardInterrupt:
-            text, code = "stopped; the same command goes on", 130
+            text, code = "stopped; the same command resumes", 130
         else:
             return
         pool.shutdown(wait=True, cancel_futures=True)

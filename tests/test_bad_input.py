@@ -210,7 +210,7 @@ def test_a_run_with_data_workers_ends_after_an_error(root, r2):
 
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_a_bad_image_that_one_of_two_processes_meets_is_told_once(root, r2):
+def test_a_bad_image_that_one_of_two_processes_meets_is_reported_once(root, r2):
     words = ten_classes(root)
     path = root / "val" / "n01" / "1.jpeg"  # the second image: rank 1's
     path.write_bytes(b"")
@@ -318,7 +318,7 @@ def trained(data, directory, epochs, said=None):
     return model
 
 
-def test_a_folder_that_changed_before_a_run_goes_on_is_named(root, tmp_path):
+def test_a_folder_that_changed_before_a_run_resumes_is_named(root, tmp_path):
     directory = store.make_directory(tmp_path / "run")
     trained(of(root), directory, 1)
     path, other = root / "train" / "n02" / "5.jpeg", root / "train" / "n02" / "55.jpeg"
@@ -361,7 +361,7 @@ def test_a_finished_run_and_pretraining_are_found_again_wherever_the_data_lie(ro
     )
 
 
-def test_going_on_with_other_processes_or_another_torch_is_said(root, tmp_path):
+def test_resuming_with_other_processes_or_another_torch_is_said(root, tmp_path):
     directory = store.make_directory(tmp_path / "run")
     trained(of(root), directory, 1)
     state = store.load(directory / "phase.ckpt")
@@ -369,7 +369,7 @@ def test_going_on_with_other_processes_or_another_torch_is_said(root, tmp_path):
     store.save(directory / "phase.ckpt", state)
     said = []
     trained(of(root), directory, 2, said)
-    assert "begun with torch 1.0, goes on with" in said[0] and "begun with processes 8, goes on with 1" in said[1]
+    assert "begun with torch 1.0, resumed with" in said[0] and "begun with processes 8, resumed with 1" in said[1]
     state["model"].pop("0.weight")  # as an older version of the code may have left it
     store.save(directory / "phase.ckpt", state)
     with pytest.raises(UserError, match="phase.ckpt: does not fit this version of r2"):

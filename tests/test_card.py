@@ -36,7 +36,7 @@ def test_how_images_are_normalised_is_said_and_stays(tmp_path):
 
 
 @pytest.mark.parametrize("trained, from_scratch", [(False, False), (True, False), (False, True)])
-def test_weights_of_the_user_s_are_told(trained, from_scratch, tmp_path):
+def test_weights_of_the_user_s_are_reported(trained, from_scratch, tmp_path):
     found = record.read(EWGS)
     found["config"] |= {"weights": {"source": "a.pth", "sha256": "0123456789ab", "trained": trained}}
     found["config"]["stage"]["from_scratch"] = from_scratch

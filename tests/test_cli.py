@@ -172,10 +172,13 @@ def test_run_record_and_repeat(r2):
     assert len(list(r2.out.glob("pretrained/*/model.pt"))) == 1
 
 
-def test_not_finite_stops_with_the_layer(r2):
-    done = r2(*SMALL, "recipe.lr=1e30", "recipe.epochs=2")
+@pytest.mark.parametrize("keys", ["recipe", "stage"])
+def test_not_finite_stops_with_the_layer_and_the_keys_of_its_phase(r2, keys):
+    of_phase = {"recipe": ["recipe.epochs=2"], "stage": ["stage=dkm", "stage.epochs=2"]}[keys]
+    done = r2(*SMALL, *of_phase, f"{keys}.lr=1e30")
     assert done.returncode == 2
     assert "not finite at step" in done.stderr and "largest gradient is in" in done.stderr
+    assert f"Lower {keys}.lr, or set a smaller {keys}.clip_norm" in done.stderr
 
 
 def test_a_fixed_key_of_a_swept_group_is_an_axis():

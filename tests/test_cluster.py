@@ -52,7 +52,7 @@ def wait_for(condition, what, seconds=300):
         time.sleep(0.02)
 
 
-def test_a_stop_is_told_to_the_handler_of_before():
+def test_a_stop_is_reported_to_the_handler_of_before():
     told = []
     with stop_handlers() as outer:
         signal.signal(signal.SIGUSR2, lambda number, frame: told.append(number))
@@ -133,7 +133,7 @@ def test_slurm_gets_an_array_that_is_warned_and_requeued(r2, tmp_path, slurm):
 
 @pytest.mark.slow
 @LINUX
-def test_a_preempted_job_goes_back_into_the_queue_and_goes_on(tmp_path):
+def test_a_preempted_job_goes_back_into_the_queue_and_resumes(tmp_path):
     """Two cells of Table 3 as jobs of submitit's local executor; one is warned as SLURM warns."""
     pytest.importorskip("submitit")
     words = ["-m", "experiment=table3", *ARGS, "reg=l2,linf"]

@@ -210,7 +210,7 @@ def test_imagenette_in_the_folder_or_below_it(tmp_path):
     assert below.fingerprint() == itself.fingerprint() and below.val_images == 10
 
 
-def test_images_without_class_folders_are_told_with_what_to_do(tmp_path):
+def test_images_without_class_folders_are_reported_with_what_to_do(tmp_path):
     """As ILSVRC2012_img_val.tar and the archives inside ILSVRC2012_img_train.tar leave them."""
     folder(tmp_path)
 
@@ -305,13 +305,13 @@ def test_images_listed_in_csv(images):
         ([], "lists no image"),
     ],
 )
-def test_a_bad_row_of_a_csv_is_told_by_its_line(images, rows, said):
+def test_a_bad_row_of_a_csv_is_reported_by_its_line(images, rows, said):
     listed(images, "val.csv", ["2.png,a"])
     with pytest.raises(UserError, match=rf"^data\.train_csv=train\.csv.*{said}"):
         own(str(images), train_csv=listed(images, "train.csv", rows), val_csv="val.csv")
 
 
-def test_csv_files_that_are_not_there_or_do_not_fit_are_told(images):
+def test_csv_files_that_are_not_there_or_do_not_fit_are_reported(images):
     train = listed(images, "train.csv", ["0.png,a", "1.png,b"])
     with pytest.raises(UserError, match="val.csv, line 2: c is no label of train.csv"):
         own(str(images), train_csv=train, val_csv=listed(images, "val.csv", ["2.png,c"]))

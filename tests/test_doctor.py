@@ -139,7 +139,7 @@ def test_another_runs_damaged_record_is_no_problem(tmp_path, capsys):
     assert not told(capsys.readouterr().err)
 
 
-def test_what_exists_is_locked_or_half_done_is_told(tmp_path, capsys):
+def test_what_exists_is_locked_or_half_done_is_reported(tmp_path, capsys):
     of_run = cell(tmp_path)
     pretraining = of_run.pretraining.directory
     for directory, owner in ((of_run.directory, of_run.run.key), (pretraining, of_run.pretraining.key)):
@@ -150,7 +150,7 @@ def test_what_exists_is_locked_or_half_done_is_told(tmp_path, capsys):
         (pretraining / ".owner").write_text("process 7 on here\n")
         checking.check(of_run.config)
     said = capsys.readouterr().out
-    assert said.count("phase.ckpt goes on at epoch 3, step 7") == 2
+    assert said.count("phase.ckpt resumes at epoch 3, step 7") == 2
     assert "process 7 on here is working on" in said and said.count("working on") == 1
     checkpoint = of_run.directory / "phase.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-40])
@@ -161,7 +161,7 @@ def test_what_exists_is_locked_or_half_done_is_told(tmp_path, capsys):
     assert "belongs to another config" in line
 
 
-def test_a_finished_run_is_told(tmp_path, capsys):
+def test_a_finished_run_is_reported(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     of_run = cell(tmp_path / "out")
     of_run.directory.mkdir()

@@ -109,7 +109,7 @@ def test_two_gloo_processes_follow_one(tmp_path):
 
 @pytest.mark.slow
 @TWO_CORES
-def test_a_dead_worker_ends_the_job_which_can_go_on(tmp_path):
+def test_a_dead_worker_ends_the_job_which_can_resume(tmp_path):
     def two(out):
         return spawn(out, "devices=2", "recipe.sync_bn=true", "model=mbv1")
 
@@ -178,7 +178,7 @@ def no_room_for(name):
 
 
 @pytest.mark.slow
-def test_a_write_that_fails_ends_the_run_which_goes_on_once_there_is_room(tmp_path, whole):
+def test_a_write_that_fails_ends_the_run_which_resumes_once_there_is_room(tmp_path, whole):
     """For every file that a run writes, in the order in which it does."""
     names = ["config.json", "curve-weights.csv", "pretrain.ckpt", "curve-pretrain.csv", "model.pt", "ewgs.ckpt",
              "curve-ewgs.csv", "model.safetensors", "record.json"]  # fmt: skip
@@ -242,10 +242,10 @@ def poisoned(what, at):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("at", [7, 22])
-def test_a_number_that_is_none_ends_the_run_before_it_is_saved(tmp_path, whole, what, at):
-    """In pretraining (16 steps) and in quantization-aware training; the run goes on from before it."""
+def test_a_non_finite_loss_ends_the_run_before_it_is_saved(tmp_path, whole, what, at):
+    """In pretraining (16 steps) and in quantization-aware training; the run resumes from before it."""
     run = Run(tmp_path / "nan.log", f"out={tmp_path}", *TINY, *EWGS, before=functools.partial(poisoned, what, at))
-    refused(run, "not finite", "the last checkpoint is kept")
+    refused(run, "not finite", f"Lower {'recipe' if at == 7 else 'stage'}.lr", "the last checkpoint is kept")
     (path,) = tmp_path.glob("**/*.ckpt")
     state = store.load(path)
     assert state["position"]["epoch"] * 4 + state["position"]["step"] == (at - 1) % 16

@@ -296,7 +296,7 @@ def test_the_first_step_of_an_input_fits_sparse_inputs_too(bits, signed, kept):
     (["model=mbv2"], 1), (["model=mbv1"], 1), (["model=rn18"], 0), (["model=mbv2", "stage.bits=4"], 0),
     (["model=mbv2", "stage.from_scratch=false"], 0), (["model=mbv2", "recipe.epochs=114"], 0),
 ])  # fmt: skip
-def test_a_training_that_ends_before_it_leaves_chance_is_told_before_it_begins(words, said, monkeypatch):
+def test_a_training_that_ends_before_it_leaves_chance_is_reported_before_it_begins(words, said, monkeypatch):
     monkeypatch.setattr(qat.QAT, "__call__", lambda *_: None)  # the training itself
     config, lines = composed("stage=pact", *words), []
     data, run = SimpleNamespace(steps=lambda batch: 22), SimpleNamespace(say=lines.append)

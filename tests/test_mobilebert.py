@@ -356,7 +356,7 @@ def test_chunks_of_tokens():
     assert torch.equal(torch.cat([part["a"] for part in parts]), inputs["a"])
 
 
-def test_a_run_cut_in_mid_epoch_goes_on_to_the_same_weights(few, source, tmp_path):
+def test_a_run_cut_in_mid_epoch_resumes_to_the_same_weights(few, source, tmp_path):
     """With dropout in the attention, a regularizer, and two micro-batches per step."""
 
     def finish(folder, stop_at=None):

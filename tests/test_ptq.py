@@ -481,6 +481,6 @@ def test_two_processes_give_what_one_gives(r2):
 
 
 @pytest.mark.slow
-def test_a_mistake_on_two_processes_is_told_once(r2):
+def test_a_mistake_on_two_processes_is_reported_once(r2):
     done = r2(*SMALL, "stage=adaround", "stage.batches=1000", "devices=2")
     assert done.returncode == 2 and done.stderr.count("r2: stage.batches=1000") == 1 and "Traceback" not in done.stderr

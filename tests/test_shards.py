@@ -140,7 +140,7 @@ def test_crops_are_torchvisions(folder):
 
 
 @pytest.mark.parametrize("kind", [Shards, Folder])
-def test_an_epoch_goes_on_exactly_with_any_number_of_workers(folder, shards, kind, monkeypatch):
+def test_an_epoch_resumes_exactly_with_any_number_of_workers(folder, shards, kind, monkeypatch):
     monkeypatch.setattr(images_module, "PIECE", 3)  # several pieces in a batch, and places used again
     monkeypatch.setattr(images_module, "AHEAD", 2)
     root = shards if kind is Shards else folder
@@ -259,7 +259,7 @@ def test_official_files_give_the_same_shards(folder, shards, tmp_path, monkeypat
     assert "nor the official ILSVRC2012_img_val.tar" in capsys.readouterr().err
 
 
-def test_a_flat_val_is_told_with_what_to_do(folder, tmp_path, monkeypatch, capsys):
+def test_a_flat_val_is_reported_with_what_to_do(folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder / "train", tmp_path / "train")
     (tmp_path / "val").mkdir()
     for path in (folder / "val").glob("*/*"):
@@ -270,7 +270,7 @@ def test_a_flat_val_is_told_with_what_to_do(folder, tmp_path, monkeypatch, capsy
     assert len(error.splitlines()) == 1
 
 
-def test_a_stopped_preparation_goes_on(folder, shards, tmp_path, monkeypatch):
+def test_a_stopped_preparation_resumes(folder, shards, tmp_path, monkeypatch):
     out = shutil.copytree(shards, tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     (out / "manifest.json").unlink()
@@ -366,7 +366,7 @@ def test_no_space(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert prepare(monkeypatch, "--source", folder, "--out", tmp_path, *SHAPE) == 2
     error = capsys.readouterr().err
-    assert "No space left on device" in error and "goes on from here" in error and len(error.splitlines()) == 1
+    assert "No space left on device" in error and "resumes here" in error and len(error.splitlines()) == 1
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".*.part"))
 
 

@@ -133,7 +133,9 @@ def test_a_sweep_ends_with_a_table_and_every_run_with_a_picture(r2):
     for column in ("regularizer", "full", "precision", "largest", "weight", "kurtosis", "dkm", "W2d1"):
         assert column in header
     assert [row.split()[1] for row in rows[::2]] == ["margin", "l2"] and all("MiB" in row for row in rows[1::2])
-    assert [line for line in done.stdout.splitlines() if line.endswith("of 4")] == [f"r2: {n} of 4" for n in (1, 2, 3, 4)]
+    assert [line for line in done.stdout.splitlines() if line.endswith("of 4")] == [
+        f"r2: {n} of 4" for n in (1, 2, 3, 4)
+    ]
     pictures = [*r2.out.glob("*/weights.png"), *r2.out.glob("weights-*.png")]
     assert len(pictures) == 5 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 

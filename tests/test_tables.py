@@ -153,7 +153,7 @@ def test_tables_of_a_moved_folder_are_the_same(tmp_path):
     assert [render(read_all(elsewhere)) for render in tables.WRITTEN.values()] == before
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
 

@@ -270,7 +270,7 @@ def test_weights_as_they_are_are_evaluated_and_recorded(tmp_path):
         run(tmp_path / "out", "model=mbv2", f"model.weights={path}", "stage=fp32")
 
 
-def test_a_new_head_is_trained_with_the_regularizer_and_the_rest_goes_on_from_the_file(tmp_path):
+def test_a_new_head_is_trained_with_the_regularizer_and_the_rest_resumes_from_the_file(tmp_path):
     path = saved(tmp_path / "a.pth", state_of("mbv1", classes=7))
     words = [f"model.weights={path}", "model.reset_head=true", "recipe.lr=0.001", "recipe.epochs=1", "stage=fp32"]
     weak, strong = (run(tmp_path / "out", *words, "reg=linf", f"reg.weight={w}") for w in (0.0, 10.0))
@@ -283,7 +283,7 @@ def test_a_new_head_is_trained_with_the_regularizer_and_the_rest_goes_on_from_th
     assert strong["weights_summary"]["max_abs"] < weak["weights_summary"]["max_abs"]  # R2 at work
 
 
-def test_finetuning_goes_on_from_the_file_and_comes_back_to_what_it_has_done(tmp_path):
+def test_finetuning_resumes_from_the_file_and_comes_back_to_what_it_has_done(tmp_path):
     path = saved(tmp_path / "a.pth", state_of())
     words = ["model=mbv2", f"model.weights={path}", "model.finetune=true", "recipe.epochs=1"]
     first = run(tmp_path / "out", *words, "stage=fp32")

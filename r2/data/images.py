@@ -150,7 +150,7 @@ class Images(Data):
             _kill(multiprocessing.active_children())  # Python would wait for them when it leaves
             raise UserError(
                 f"data: no images for {STALL:g} s, a data worker or its disk hangs; "
-                "the same command goes on from the last checkpoint"
+                "the same command resumes from the last checkpoint"
             ) from None
 
     def _started(self) -> Any:

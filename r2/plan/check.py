@@ -211,10 +211,10 @@ def _training(cell: Cell, world: World, elsewhere: bool) -> Iterator[str]:
         return
     parts = (n for n in range(recipe.accumulate + 1, each) if each % n == 0)
     enough = next((n for n in parts if sum(step.memory(config, each // n)) <= room), None)
-    mend = f"recipe.accumulate={enough} or " if enough else ""
+    advice = f"recipe.accumulate={enough} or " if enough else ""
     raise UserError(
         f"memory: training takes about {kept + weights:.2f} GiB of each device, which has {room:.2f} GiB; "
-        f"set {mend}a smaller recipe.batch_size"
+        f"set {advice}a smaller recipe.batch_size"
     )
 
 
@@ -318,5 +318,5 @@ def _state(what: str, identity: Identity, seed: int) -> Generator[str, None, sto
         state = run.resume(checkpoint.stem)
         if state is not None:
             epoch, step = state["position"]["epoch"] + 1, state["position"]["step"]
-            yield f"{what}: {checkpoint} goes on at epoch {epoch}, step {step}"
+            yield f"{what}: {checkpoint} resumes at epoch {epoch}, step {step}"
     return run

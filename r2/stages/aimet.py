@@ -69,7 +69,7 @@ class Work:
 
 @contextlib.contextmanager
 def alone(directory: Path, seed: int) -> Iterator[tuple[str, Path]]:
-    """AIMET in a quiet room: no log lines, no stray files, the random state given back.
+    """Runs AIMET silently: no log lines, no stray files, the random state given back.
 
     Args:
         directory: where its temporary files live.

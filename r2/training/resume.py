@@ -53,7 +53,7 @@ class Sums:
         return loss / examples, 100 * correct / examples, penalty / examples
 
 
-def mend(keys: str) -> str:
+def advice(keys: str) -> str:
     """Advice for a diverging training, by the group whose keys apply."""
     return f"Lower {keys}.lr, or set a smaller {keys}.clip_norm; the last checkpoint is kept"
 
@@ -65,7 +65,7 @@ def check_weights(state: dict[str, Tensor], phase: str, keys: str) -> None:
     """
     for name, value in state.items():
         if not torch.isfinite(value).all():
-            raise Diverged(f"{phase}: {name} is not finite any more. {mend(keys)}")
+            raise Diverged(f"{phase}: {name} is not finite any more. {advice(keys)}")
 
 
 def made_with(data: Data, world: World) -> dict[str, str]:
@@ -96,7 +96,7 @@ def compare(now: dict[str, str], before: dict[str, str], run: Run, phase: str) -
     check_data(now["data"], before.get("data"), run.checkpoint(phase))
     changed = {name: value for name, value in before.items() if value != now[name]}
     for name, value in changed.items():
-        run.say(f"{phase}: begun with {name} {value}, goes on with {now[name]}; equal up to rounding")
+        run.say(f"{phase}: begun with {name} {value}, resumed with {now[name]}; equal up to rounding")
 
 
 class Upkeep:
@@ -207,7 +207,7 @@ class Upkeep:
         worst = max(norms, key=lambda n: (not math.isfinite(norms[n]), norms[n])) if norms else "none"
         return (
             f"{self.phase}: the loss is not finite at step {step} (lr {self.optimizers[0].param_groups[0]['lr']:.3g}); "
-            f"the largest gradient is in {worst} ({norms.get(worst, 0):.3g}). {mend(self.keys)}"
+            f"the largest gradient is in {worst} ({norms.get(worst, 0):.3g}). {advice(self.keys)}"
         )
 
     def after_step(self) -> None:

@@ -1,9 +1,9 @@
-"""Everything that a GPU has to show, in at most nine minutes on one of them, without a network.
+"""All GPU tests and benchmarks, in at most nine minutes on one GPU, without internet access.
 
 python scripts/bench/gpu.py --out results/gpu [--smallest] [--only dkm,steps]
 
 Each section is a process of its own with its own limit of time: where one fails or is too slow its error is recorded,
-and the rest goes on. <out>/gpu.json is written after every section; `python -m r2.report` makes the table in
+and the others still run. <out>/gpu.json is written after every section; `python -m r2.report` makes the table in
 docs/results.md of results/gpu. Without a CUDA device, or with --smallest, everything runs at its smallest size, which
 measures nothing and shows that it runs; on a CPU the limits are ten times as long.
 
