@@ -240,10 +240,7 @@ def main() -> None:
         except Timeout:
             text, code = f"{arguments.out}: another process is writing there", 2
         except BrokenProcessPool:
-            text, code = (
-                "a worker was killed, out of memory perhaps; resume with the same command and fewer --workers",
-                1,
-            )
+            text, code = "a worker was killed, out of memory perhaps; resume with fewer --workers", 1
         except KeyboardInterrupt:
             text, code = "stopped; the same command resumes", 130
         else:

@@ -278,8 +278,8 @@ def markdown(records: Iterable[Record]) -> str:
         "R2 is the mean over the regularizers of the paper's table: L-inf and margin, for PACT, LSQ and DKM also "
         "soft-min-max, unless\nthe claim names them. Seeds are those of the regularizer with the fewest. A comparison "
         "of two stages takes the seeds that have both.\n\n"
-        "[report.html](report.html) has the command of every run, and `tables.csv` in each data set's folder has one row "
-        "per seed.\n"
+        "[report.html](report.html) has the command of every run, and `tables.csv` in each data set's folder "
+        "one row per seed.\n"
     ]
     listed = list(records)
     main, of_studies = main_study(listed), findings(listed)

@@ -177,12 +177,12 @@ def block(records: list[Record]) -> str:
             for c, f in found
         ]
         parts.append(
-            "The paper's claims and, with no number of the paper, our own, tested here. Effects are points of top-1, dB of "
-            "SQNR, or the log of the crest max|w| / std. They are positive in the direction that the claim names; where "
-            "it names none, they are the first regularizer or stage minus the other. A difference of 1 point counts as "
-            "no loss and as no difference. R2 is the mean of L-inf and "
-            "margin, for PACT, LSQ and DKM also of soft-min-max. A claim is decided where p, adjusted for the number "
-            "of claims, is below 0.05. Seeds are those of the regularizer with the fewest "
+            "The paper's claims and, with no number of the paper, ours, tested here. Effects are points of top-1, dB "
+            "of SQNR, or the log of the crest max|w| / std. They are positive in the direction that the claim names; "
+            "where it names none, they are the first regularizer or stage minus the other. A difference of 1 point "
+            "counts as no loss and as no difference. R2 is the mean of L-inf and margin, for PACT, LSQ and DKM also of "
+            "soft-min-max. A claim is decided where p, adjusted for the number of claims, is below 0.05. Seeds are "
+            "those of the regularizer with the fewest "
             "([intervals](results/claims.md)):\n"
         )
         parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "p", "Seeds", "Verdict"], *judged]))
