@@ -42,14 +42,18 @@ def refusals() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        raise SystemExit(0) from None
+        raise _reader_gone() from None
     except (UserError, *COMPOSE_ERRORS) as error:
         refuse(error)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # in a training phase Ctrl-C first writes a checkpoint (r2.training.resume)
         print("r2: interrupted; the same command resumes and repeats nothing that is finished", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _reader_gone() -> SystemExit:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return SystemExit(0)
 
 
 class JobRefused(Exception):
@@ -68,22 +72,22 @@ def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None], comp
     Args:
         start: of a module that other processes can import.
         ready: refuses the configs of a sweep whose jobs would all meet the same obstacle; called once.
-        compare: gets what the jobs of a sweep have returned, at its end.
+        compare: gets the configs of a sweep, at its end.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach this function
     sweep = False
     failures: list[str] = []  # of the jobs that ran in this process
-    returned: list[Any] = []
-    total = 0  # jobs of the sweep
+    configs: list[dict] = []  # of the jobs of a sweep
 
     def job(cfg: DictConfig) -> Any:
         context = HydraConfig.get()
-        if total:
-            print(f"r2: {context.job.num + 1} of {total}", flush=True)
         words = " ".join(map(str, OmegaConf.to_container(context.overrides.task, resolve=False) or ()))
         try:
-            returned.append(start(resolve(cfg, context)))
-            return returned[-1]
+            if configs:
+                print(f"r2: {context.job.num + 1} of {len(configs)}", flush=True)
+            return start(resolve(cfg, context))
+        except BrokenPipeError:
+            raise _reader_gone() from None  # Hydra would print an exception
         except (UserError, OmegaConfBaseException) as error:
             failures.append(f"{words} ({refuse(error)})")
             if context.mode == RunMode.RUN:
@@ -107,12 +111,17 @@ def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None], comp
         try:
             if sweep and not any(argument.startswith("--") for argument in sys.argv[1:]):  # --help, --cfg, ...
                 configs = check_sweep(sys.argv[2:])
-                total = len(configs)
                 if not any(word.startswith("hydra/launcher=") for word in sys.argv[1:]):  # else: on other machines
                     ready(configs)
-            hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(job)()
-            if sweep and any(returned):
-                compare([found for found in returned if found])
+            failed = None
+            try:
+                hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(job)()
+            except (JobRefused, JobFailed) as error:
+                failed = error
+            if configs and not configs[0]["check"]:
+                compare(configs)
+            if failed:
+                raise failed
         except (JobRefused, JobFailed) as end:
             _tell(failures if sweep else [])
             raise SystemExit(2 if isinstance(end, JobRefused) else 1) from None

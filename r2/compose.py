@@ -160,9 +160,12 @@ def _escaped(key: str) -> str:
 def words_of(arguments: list[str]) -> list[str]:
     """The command line with `--config-dir DIR` as a key, which a record can hold and a plan takes, and with ~ expanded.
 
+    Flags come first: argparse takes no key between two of them.
+
     Raises:
         UserError: there is no such folder, or a word is a key as other programs take it.
     """
+    flags: list[str] = []
     words: list[str] = []
     for word, before, after in zip(arguments, ["", *arguments], [*arguments[1:], ""], strict=False):
         _refuse_flag(word, before, after)
@@ -174,11 +177,19 @@ def words_of(arguments: list[str]) -> list[str]:
             if not Path(folder).expanduser().is_dir() or not folder:
                 raise UserError(f"--config-dir {folder}: there is no such folder")
             words.append(_SEARCHPATH + _word([f"file://{Path(folder).expanduser().resolve()}"]))
-        elif equals and not flag.startswith("-") and folder.startswith("~"):
+        elif flag in ("--config-path", "-cp", "--config-name", "-cn"):
+            raise UserError(
+                f"{flag}: r2 has its own config; put options in DIR/<group>/<name>.yaml, with --config-dir DIR"
+            )
+        elif flag in ("--cfg", "-c", "--package", "-p", "--experimental-rerun"):
+            flags += [word] if equals else [word, *itertools.islice(rest, 1)]
+        elif word.startswith("-"):
+            flags.append(word)
+        elif equals and folder.startswith("~"):
             words.append(f"{flag}={_word(os.path.expanduser(folder))}")
         else:
             words.append(word)
-    return words
+    return [*flags, *words]
 
 
 def _refuse_flag(word: str, before: str, after: str) -> None:
@@ -228,10 +239,11 @@ def sweep_words(words: list[str]) -> list[str]:
 def sweeps(words: list[str]) -> bool:
     """Whether the words make a sweep: by -m, or by an experiment that sweeps by itself."""
     chosen = [word for word in words if word.startswith("experiment=") and "," not in word]
+    places = [word for word in words if word.startswith(_SEARCHPATH)]
     if "-m" in words or "--multirun" in words or not chosen:
         return "-m" in words or "--multirun" in words
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra.compose("config", chosen, return_hydra_config=True).hydra.mode == RunMode.MULTIRUN
+        return hydra.compose("config", [*places, *chosen], return_hydra_config=True).hydra.mode == RunMode.MULTIRUN
 
 
 def check_sweep(words: list[str]) -> list[dict]:

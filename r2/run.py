@@ -95,11 +95,15 @@ def experiment(config: dict, world: "World") -> "Record":
     return found
 
 
-def compare(records: "list[Record]") -> None:
-    """The end of a sweep."""
+def compare(configs: list[dict]) -> None:
+    """The end of a sweep: its finished runs side by side, whichever process made them."""
+    from r2 import record
     from r2.report.layer import compare
 
-    compare(records)
+    runs = [of_run(config, axes(config, build(config["stage"]))) for config in configs]
+    found = [record.read(path, run.name) for run in runs if (path := run.directory / "record.json").exists()]
+    if found:
+        compare(found)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ MISTAKES = {
     "margin": "r2: margin: expected key=value, such as reg=margin\n",
     "reg=margin,": "r2: reg=margin,: ends in a comma\n",
     "--config-dir nowhere": "--config-dir nowhere: there is no such folder",
+    "--config-name mine": "--config-name: r2 has its own config; put options in DIR/<group>/<name>.yaml",
+    "--config-path=conf": "--config-path: r2 has its own config; put options in DIR/<group>/<name>.yaml",
 }
 TRY = """
 import json, os, sys
@@ -93,14 +95,23 @@ for number, words in enumerate(json.loads(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize("words", ["r2.run --help", "r2.run --cfg job", "r2.reproduce --help"])
+CHECK = ["data=fake", "model=mbv1", "model.width_mult=0.25", "check=true"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["r2.run", "--help"], ["r2.run", "--cfg", "job"], ["r2.reproduce", "--help"], ["r2.run", *CHECK],
+     ["r2.reproduce", "table=3", *CHECK], ["r2.run", *SMALL, "model=mbv1"],
+     ["r2.run", "-m", *SMALL, "model=mbv1,mbv2"]],
+    ids=" ".join,
+)  # fmt: skip
 def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", *words.split()]
+    command = [sys.executable, "-m", *words]
     done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, env=ENV)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0 and not {"Error", "Traceback"} & set(done.stderr.split()), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +218,7 @@ def test_a_swept_group_takes_a_key_that_the_default_lacks(r2):
     assert "stage.percentile=200" in done.stderr and "unknown" not in done.stderr
 
 
-@pytest.mark.parametrize(
+SWEEPS = pytest.mark.parametrize(
     "words",
     [
         ["r2.run", "-m", "experiment=table3"],
@@ -215,6 +226,18 @@ def test_a_swept_group_takes_a_key_that_the_default_lacks(r2):
         ["r2.reproduce", "table=3", "seeds=0,1,2"],
     ],
 )
+
+
+@SWEEPS
+def test_a_folder_that_cannot_be_written_and_a_missing_extra_are_met_once(words, tmp_path):
+    dali = ["data=imagenet_dali", f"data.root={tmp_path}", "out=out"]
+    for missing, said in ((["data=fake", "out=/dev/null/x"], "cannot write to /dev/null"), (dali, "is not installed")):
+        done = forked.call([*words, *missing], tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+@SWEEPS
 def test_missing_data_is_met_once_and_leaves_nothing(words, tmp_path):
     """Met run by run, it would be told 24 to 72 times, and leave as many folders."""
     done = forked.call([*words, "data=imagenet", f"data.root={tmp_path / 'none'}", "out=out"], tmp_path)

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import forked
 import hydra
 import pytest
 from conftest import ENV
@@ -103,3 +104,17 @@ def test_options_of_ones_own_are_in_the_command_and_in_a_plan(tmp_path, r2):
     assert json.loads(path.read_text())["overrides"][0].startswith("hydra.searchpath=")
     with pytest.raises(UserError, match="--config-dir nowhere: there is no such folder"):
         compose.words_of(["--config-dir=nowhere"])
+
+
+def test_flags_and_an_experiment_of_ones_own_beside_a_folder_of_options(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "one.yaml").write_text("# @package _global_\nseed: 3\n")
+    (tmp_path / "experiment" / "two.yaml").write_text(
+        "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '3,4'}}}\n"
+    )
+    words = [compose.words_of(["--config-dir", str(tmp_path), f"experiment={name}"]) for name in ("one", "two")]
+    assert [compose.sweeps(each) for each in words] == [False, True]
+    assert [config["seed"] for config in compose.check_sweep(words[1])] == [3, 4]
+    for flags in (["--cfg", "job"], ["--cfg=job"], ["-c", "job", "--resolve"]):
+        done = forked.call(["r2.run", "--config-dir", str(tmp_path), *flags, "experiment=one", "model=mbv2"], tmp_path)
+        assert done.returncode == 0 and "seed: 3" in done.stdout and "mobilenet_v2" in done.stdout, done.stderr

@@ -20,7 +20,7 @@ FINE = ["stage.granularity=channel"]
 EXTRA = {stage: QAT for stage in ("ewgs", "lsq", "pact")} | {stage: FINE for stage in ("none", "dfq", "adaround")}
 EXTRA["pact"] = [*QAT, "recipe.epochs=12"]  # it trains from scratch
 QUICK = [("none", "bf16")]
-ALL = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
+ALL = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16", "fp16")]
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,8 @@ def test_left_out_layers_and_bits_by_pattern(r2):
         (["recipe.batch_size=32", "recipe.accumulate=32"], "recipe: batch_size=32 leaves one image"),
         (["stage=lsq", "stage.batch_size=1"], "stage: batch_size=1 leaves one image"),
         (["stage=lsq", "data.calibration_images=1"], "data.calibration_images=1: "),
+        (["recipe.batch_size=1"], "recipe: batch_size=1 leaves one image"),
+        (["stage=ewgs", "stage.delta=hessian", "stage.hessian_batch_size=1"], "stage.hessian_batch_size=1: "),
     ],
 )
 @pytest.mark.parametrize("check", [pytest.param("true", marks=pytest.mark.slow), "false"])
@@ -138,6 +140,14 @@ def test_a_sweep_ends_with_a_table_and_every_run_with_a_picture(r2):
     ]
     pictures = [*r2.out.glob("*/weights.png"), *r2.out.glob("weights-*.png")]
     assert len(pictures) == 5 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_sweep_with_a_failed_job_compares_the_others_and_a_run_from_scratch_has_a_picture(r2):
+    done = r2("-m", *SMALL, "model=mbv1", "stage=pact", "reg=l2,margin", "recipe.epochs=1", "recipe.lr=0.05,1e30")
+    assert done.returncode == 2 and done.stderr.count("not finite") >= 2, done.stderr
+    table = done.stdout[done.stdout.index("the sweep") :]
+    assert "margin" in table and "l2" in table and len(list(r2.out.glob("*/record.json"))) == 2
+    assert len(list(r2.out.glob("*/weights.png"))) == 2 and len(list(r2.out.glob("weights-*.png"))) == 1
 
 
 def test_a_sweeps_table_shows_every_run_whatever_was_swept(capsys):

@@ -65,10 +65,8 @@ class DALIShards(Shards):
 
 def _pipeline(inputs: Iterator, batch_size: int, image_size: int, threads: int, device: torch.device) -> Any:
     """Encoded images with their windows and flips to pixels (n, h, w, 3) uint8."""
-    try:
-        from nvidia.dali import fn, pipeline_def, types
-    except ImportError as error:
-        raise UserError(f"data=imagenet_dali: DALI is not installed ({error}); pip install 'r2[dali]'") from None
+    from nvidia.dali import fn, pipeline_def, types
+
     gpu = device.type == "cuda"
 
     @pipeline_def
@@ -92,4 +90,8 @@ def imagenet_dali(
     calibration_images: Count = 2000,
 ) -> Data:
     """ImageNet-1k in shards, decoded by DALI; `workers` is also DALI's number of threads."""
+    try:
+        import nvidia.dali  # noqa: F401  # at once, before any training
+    except ImportError as error:
+        raise UserError(f"data=imagenet_dali: DALI is not installed ({error}); pip install 'r2[dali]'") from None
     return DALIShards(root, 1000, image_size, stored_size, workers, "error", calibration_images)

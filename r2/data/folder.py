@@ -280,7 +280,8 @@ def imagenette(
     calibration_images: Count = 1024,
 ) -> Data:
     """Ten ImageNet classes (fastai's imagenette2), downloaded into `root` by torchvision if absent."""
-    folder = next((p for p in (Path(root), Path(root) / "imagenette2") if (p / "train").is_dir()), None)
+    places = [Path(root, name) for name in ("", "imagenette2", "imagenette2-320", "imagenette2-160")]
+    folder = next((place for place in places if (place / "train").is_dir()), None)
     if folder is None:
         from torchvision.datasets import Imagenette
 

@@ -87,8 +87,8 @@ def qnli(
     """QNLI (Wang et al. 2019): does the sentence answer the question? Label 0 if it does (entailment), else 1.
 
     Args:
-        root: a folder of train.tsv and dev.tsv, or of train*.parquet and validation*.parquet; without them the hub's
-            are taken.
+        root: a folder of train.tsv and dev.tsv, or of train*.parquet and validation*.parquet, or the one above it;
+            without them the hub's are taken.
         tokenizer, tokenizer_revision: the model's source, whose tokens the pairs are made of.
         revision: of the data on the hub.
         max_length: a longer pair loses tokens at the end of its longer sentence.
@@ -99,7 +99,8 @@ def qnli(
     from r2.zoo import mobilebert
 
     tokens = mobilebert.tokenizer(tokenizer, tokenizer_revision, max_length)
-    folder = Path(root)
+    places = (Path(root, name) for name in ("", "QNLI", "qnli"))  # as GLUE's archive and the hub have it
+    folder = next((place for place in places if _files(place, "train")), Path(root))
     if not _files(folder, "train"):
         missing = f"data.root={root}: has no train.tsv or train*.parquet"
         by_hand = (

@@ -116,8 +116,7 @@ def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[s
         say(f"devices: {cost.count(size, 'GPU')} of another machine; data, disk and compiler are not looked at here")
     elif size:
         say(f"devices: {size} x {_device_name(world.device)}")
-    if size:
-        tell(_training(cell, world, elsewhere))
+    trains = not size or tell(_training(cell, world, elsewhere))
     if not elsewhere:
         tell(_data(cell, world))
         tell(_disk(config))
@@ -125,7 +124,7 @@ def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[s
     fits = tell(_fits(config))
     tell(_weights(config))
     tell(_progress(cell))
-    if size and fits:
+    if size and fits and trains:
         tell(_time(cell, given))
     return problems
 
@@ -134,9 +133,11 @@ def ready(configs: Iterable[dict]) -> None:
     """Look once for each data set, number of devices and weights that the unfinished ones of many runs need.
 
     Raises:
-        UserError: the first that is not there.
+        UserError: the first that is not there, or a folder of results that cannot be written.
     """
     missing = [config for config in configs if not config["check"] and not cell_of(config).finished(None)]
+    for config, *_ in _alike(missing, "out"):
+        _room(Path(config["out"]))
     for sharing in _alike(missing, "data", "devices"):
         if not os.environ.get("WORLD_SIZE"):
             device_count(sharing[0]["devices"])
@@ -263,14 +264,16 @@ def _time(cell: Cell, given: Given | None) -> Iterator[str]:
 _speeds = functools.cache(cost.speeds)  # for the runs of a table, of which each network is measured once
 
 
-def _room(out: Path, model: nn.Module) -> str:
-    """
+def _room(out: Path, model: nn.Module | None = None) -> str:
+    """What a run of `model` leaves, beside what is free.
+
     Raises:
         UserError: `out` cannot be written, or its disk has too little room.
     """
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     store.make_directory(existing)
-    needed = _COPIES * sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 2**30
+    kept = model.state_dict().values() if model is not None else ()
+    needed = _COPIES * sum(t.numel() * t.element_size() for t in kept) / 2**30
     free = shutil.disk_usage(existing).free / 2**30
     if free < needed:
         raise UserError(

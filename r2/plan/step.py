@@ -23,7 +23,7 @@ def measure(config: dict, device: str, steps: int = 2) -> float:
     network tell its speed, few of a small one only what an operation costs to call.
     """
     largest = config["recipe"]["batch_size"]
-    batch = min(256 if device == "cuda" else 4, largest)
+    batch = max(2, min(256 if device == "cuda" else 4, largest))  # BatchNorm has no variance over one
     keep_freed_memory()
     while True:
         model, inputs, labels = example(config, batch, device)
@@ -34,7 +34,7 @@ def measure(config: dict, device: str, steps: int = 2) -> float:
             loss.backward()
             loss.item()
             seconds.append(time.perf_counter() - began)
-        if device == "cuda" or batch == largest or min(seconds[1:]) >= 0.25:
+        if device == "cuda" or batch >= largest or min(seconds[1:]) >= 0.25:
             return batch / min(seconds[1:])
         batch = min(4 * batch, largest)
 

@@ -1,4 +1,7 @@
-"""The plot of a run: the weights of one layer of its pretrained model; for a sweep, one plot per regularizer."""
+"""The plot of a run: the weights of one layer of its float model; for a sweep, one plot per regularizer.
+
+That model is the pretrained one, or the trained one of a run that began from scratch.
+"""
 
 import hashlib
 from pathlib import Path
@@ -12,22 +15,28 @@ from r2.record import Record
 from r2.report.style import colour, label
 
 
+def _kind(record: Record) -> str:
+    """Which of the record's models is drawn."""
+    return "pretrained" if record["fp32"] else "final"
+
+
 def widest(record: Record) -> str:
-    """The layer whose range is the largest multiple of its standard deviation, after pretraining."""
-    layers = {name: w for name, w in record["weights"]["pretrained"].items() if w["std"]}
+    """The layer whose range is the largest multiple of its standard deviation."""
+    layers = {name: w for name, w in record["weights"][_kind(record)].items() if w["std"]}
     return max(layers, key=lambda name: layers[name]["range"] / layers[name]["std"])
 
 
 def weights(record: Record, layer: str) -> np.ndarray | None:
-    """A layer's weights after the pretraining that a run has started from; None if it has none, or it is gone.
+    """A layer's weights; None if the checkpoint is gone.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
-    path = of_pretraining({**record["config"], "choices": record["choices"]}).directory / "model.pt"
-    if not record["fp32"] or not path.exists():
+    config = {**record["config"], "choices": record["choices"]}
+    folder = of_pretraining(config).directory if record["fp32"] else Path(config["out"], record["name"])
+    if not (folder / "model.pt").exists():
         return None
-    return store.load(path, "model", "info")["model"][layer].float().numpy().ravel()
+    return store.load(folder / "model.pt", "model")["model"][layer].float().numpy().ravel()
 
 
 def _setting(record: Record) -> tuple[str, ...]:
@@ -37,9 +46,9 @@ def _setting(record: Record) -> tuple[str, ...]:
 
 def write(records: list[Record], path: Path) -> bool:
     """Draw the first record's widest layer, a histogram for each regularizer; False where there is nothing to draw."""
-    layer = widest(records[0])
-    of_reg = {_setting(record): record for record in reversed(records) if record["axes"]["model"] ==
-              records[0]["axes"]["model"]}  # fmt: skip
+    first, layer = records[0], widest(records[0])
+    alike = [r for r in records if (r["axes"]["model"], _kind(r)) == (first["axes"]["model"], _kind(first))]
+    of_reg = {_setting(record): record for record in reversed(alike)}
     shown = {reg: w for reg, record in reversed(of_reg.items()) if (w := weights(record, layer)) is not None}
     if not shown:
         return False
@@ -47,7 +56,7 @@ def write(records: list[Record], path: Path) -> bool:
     limit = max(np.abs(w).max() for w in shown.values())
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False).ravel()
     for ax, (reg, w) in zip(axes, shown.items(), strict=True):
-        found = of_reg[reg]["weights"]["pretrained"][layer]
+        found = of_reg[reg]["weights"][_kind(first)][layer]
         name, *settings = reg
         ax.hist(w, bins=np.linspace(-limit, limit, 81), color=colour(name))
         ax.set_title(
@@ -56,7 +65,8 @@ def write(records: list[Record], path: Path) -> bool:
         )
         ax.set(yticks=[], xlim=(-1.02 * limit, 1.02 * limit))
         ax.spines[["left", "top", "right"]].set_visible(False)
-    axes[-1].set_xlabel(f"weights of {layer.removesuffix('.weight')}, {records[0]['axes']['model']}, after pretraining")
+    training = "pretraining" if first["fp32"] else f"{first['axes']['stage']} from scratch"
+    axes[-1].set_xlabel(f"weights of {layer.removesuffix('.weight')}, {first['axes']['model']}, after {training}")
     figure.savefig(path, dpi=150)
     return True
 

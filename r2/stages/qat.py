@@ -168,6 +168,11 @@ class EWGS(QAT):
     hessian_batch_size: Count
     hessian_probes: Count
 
+    def check(self, model: nn.Module, calibration_images: int) -> None:
+        super().check(model, calibration_images)
+        if self.delta == "hessian" and self.hessian_batch_size == 1 and has_batchnorm(model):
+            raise UserError("stage.hessian_batch_size=1: BatchNorm has no variance over one image; use 2 or more")
+
     def quantizer(self, weight_bits: int, act_bits: int | None, channels: int) -> Quantizer:
         delta = 0.0 if self.delta == "hessian" else float(self.delta)
         return ewgs.EWGS(weight_bits, act_bits, delta, self.weight_init)
