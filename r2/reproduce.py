@@ -152,7 +152,10 @@ def reproduce(request: Request) -> int:
         collect(cells, request.records)
         folder = request.records.parent if request.records.name == "records" else request.records
     if len(failed) < len(cells):
-        page.write(folder, out / "pretrained")
+        written = page.write(folder, out / "pretrained")
+        for path in written:
+            if not path.is_relative_to(folder):  # the README's and the docs' blocks of r2's own results
+                print(f"r2: written: {path}")
         print(f"r2: tables, figures and claims are in {folder}; all of it on one page: {folder / 'report.html'}")
     return len(failed)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 
@@ -112,6 +114,25 @@ def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, env=ENV)
     os.close(writer)
     assert done.returncode == 0 and not {"Error", "Traceback"} & set(done.stderr.split()), done.stderr
+
+
+def test_on_a_terminal_every_epoch_leaves_its_line_and_nothing_warns(tmp_path):
+    reader, terminal = pty.openpty()
+    command = [sys.executable, "-m", "r2.run", *SMALL, "model=mbv1", "recipe.epochs=2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=terminal, stderr=terminal, env={**ENV, "TERM": "xterm"})
+    os.close(terminal)
+    said = b""
+    while True:
+        try:
+            said += os.read(reader, 4096)
+        except OSError:  # the other end has gone
+            break
+    os.close(reader)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).splitlines()
+    assert process.wait(60) == 0, said
+    for epoch in ("epoch 1/2", "epoch 2/2"):
+        assert any(line.startswith("pretrain: ") and epoch in line and "val top-1" in line for line in lines), lines
+    assert not any("warn" in line.lower() for line in lines), lines
 
 
 @pytest.fixture(scope="module")

@@ -204,9 +204,10 @@ def test_cifar10_as_downloaded_or_unpacked(tmp_path, monkeypatch):
         cifar10(str(tmp_path))
 
 
-def test_imagenette_in_the_folder_or_below_it(tmp_path):
-    folder(tmp_path / "imagenette2", classes=10, images=1)
-    below, itself = imagenette(str(tmp_path)), imagenette(str(tmp_path / "imagenette2"))
+@pytest.mark.parametrize("name", ["imagenette2", "imagenette2-320", "imagenette2-160"])  # fastai's three archives
+def test_imagenette_in_the_folder_or_below_it(tmp_path, name):
+    folder(tmp_path / name, classes=10, images=1)
+    below, itself = imagenette(str(tmp_path)), imagenette(str(tmp_path / name))
     assert below.fingerprint() == itself.fingerprint() and below.val_images == 10
 
 

@@ -120,6 +120,13 @@ def tokens(data, count=8):
 # the data
 
 
+def test_glue_s_archive_and_the_hub_s_snapshot_are_read_from_the_folder_above(few, source, tmp_path):
+    for name in ("QNLI", "qnli"):
+        (tmp_path / name / name).parent.mkdir()
+        (tmp_path / name / name).symlink_to(few)
+        assert data(tmp_path / name, source).fingerprint() == data(few, source).fingerprint()
+
+
 def test_tsv_and_parquet_are_read_alike(root, source, tmp_path):
     write_parquet(tmp_path / "train-00000-of-00002.parquet", pairs(2048, 0)[:1000])
     write_parquet(tmp_path / "train-00001-of-00002.parquet", pairs(2048, 0)[1000:])
