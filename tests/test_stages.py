@@ -44,8 +44,12 @@ def test_qat_and_dkm_leave_a_record_and_a_file(r2):
         check(folder, record, 28)
     assert found["pact"][1]["fp32"] is None and found["pact"][1]["epochs"]["pretrain"] == 0  # from scratch
     assert "set recipe.epochs to" in done.stdout  # so few steps leave a 2-bit network with depthwise layers at chance
-    soft = found["dkm"][1]["details"]["soft_share"].values()
-    assert len(soft) == 28 and 0.03 < sum(soft) / 28 < 0.5
+    clips = found["pact"][1]["details"]["quantizers"]
+    moved = [clips["end"][name]["alpha"] != clip["alpha"] for name, clip in clips["start"].items()]
+    assert len(moved) == 28 and all(moved)  # every clip has a gradient from the first step on
+    for when in ("initial_soft_share", "soft_share"):
+        soft = found["dkm"][1]["details"][when].values()
+        assert len(soft) == 28 and 0.03 < sum(soft) / 28 < 0.5
     assert len(list(r2.out.glob("pretrained/*/model.pt"))) == 1
 
 

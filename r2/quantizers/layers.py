@@ -258,6 +258,16 @@ def quantizer_parameters(layers: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     return [p for layer in layers.values() for p in layer.quantizer.parameters() if p.requires_grad]  # type: ignore[union-attr]
 
 
+@torch.no_grad()
+def scalars(layers: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Per compressed layer, the trained numbers of its quantizer: bounds, steps, clips, scales; none per channel."""
+    found = {}
+    for name, layer in layers.items():
+        trained = {key: p for key, p in layer.quantizer.named_parameters() if p.requires_grad and not p.ndim}
+        found[name] = {key: float(f"{p.item():.6g}") for key, p in trained.items()}
+    return found
+
+
 def input_of(inputs: tuple[Tensor, ...], named: dict[str, Any]) -> Tensor:
     """What a layer was called with, as a hook sees it."""
     return inputs[0] if inputs else named["input"]

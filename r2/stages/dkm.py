@@ -62,15 +62,13 @@ class DKM(Stage):
             model = sync_batchnorm(model, run.world)
         began = time.monotonic()
         self.cluster(model, run.seed)
-        initial = evaluate(model, data, run.world, recipe)
+        initial, softness = evaluate(model, data, run.world, recipe), _soft_shares(model)
         clustered = time.monotonic()
         done = train(
             model, data, recipe, run, "dkm", [optimizer_of(model, recipe)], batchnorm=self.batchnorm, keys="stage"
         )
         inputs, _ = next(data.calibration(self.batch_size, run.seed))
         left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
-        shares = {n: layer.quantizer.soft_share(layer.weight) for n, layer in compressed(model).items()}
-        soft = {name: round(share, 4) for name, share in shares.items() if share is not None}
         return model, Outcome(
             metrics=evaluate(model, data, run.world, recipe),
             initial=initial,
@@ -79,7 +77,7 @@ class DKM(Stage):
             images_per_second=done.images_per_second,
             timing=done.timing,
             sqnr_db=signal_to_noise(model, inputs),
-            details={"left_out_weights": left_out, "soft_share": soft},
+            details={"left_out_weights": left_out, "initial_soft_share": softness, "soft_share": _soft_shares(model)},
         )
 
     def cluster(self, model: nn.Module, seed: int) -> None:
@@ -97,3 +95,9 @@ class DKM(Stage):
         swap(layers, palette)
         for layer in compressed(model).values():
             layer.quantizer.initialise(None, layer.weight, layer.operation, seed=seed)
+
+
+def _soft_shares(model: nn.Module) -> dict[str, float]:
+    """Per layer, the share of the vectors that no centroid has for itself; layers without a vector are left out."""
+    shares = {name: layer.quantizer.soft_share(layer.weight) for name, layer in compressed(model).items()}
+    return {name: round(share, 4) for name, share in shares.items() if share is not None}

@@ -25,6 +25,7 @@ from r2.quantizers.layers import (
     levels_in_use,
     quantizable,
     quantizer_parameters,
+    scalars,
     signal_to_noise,
     swap,
 )
@@ -124,7 +125,7 @@ class QAT(Stage):
         images, _ = next(data.calibration(recipe.batch_size, run.seed))
         calibrate(model, layers, images)
         initial = evaluate(model, data, run.world, recipe)
-        at_start = levels_in_use(layers)
+        start = {"levels_in_use": levels_in_use(layers), "quantizers": scalars(layers)}
         calibrated = time.monotonic()
         parameters = quantizer_parameters(layers)
         done = train(
@@ -148,7 +149,10 @@ class QAT(Stage):
             images_per_second=done.images_per_second,
             timing=done.timing,
             sqnr_db=signal_to_noise(model, images),
-            details={"levels_in_use": {"start": at_start, "end": levels_in_use(layers)}},
+            details={
+                "levels_in_use": {"start": start["levels_in_use"], "end": levels_in_use(layers)},
+                "quantizers": {"start": start["quantizers"], "end": scalars(layers)},
+            },
         )
 
 
