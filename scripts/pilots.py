@@ -9,7 +9,7 @@ from pathlib import Path
 
 from r2 import record
 
-SETTINGS = ("fold_constant", "weight_init", "temperature_mode", "step_limit", "act_init", "alpha")
+SETTINGS = ("fold_constant", "weight_init", "temperature_mode", "temperature", "step_limit", "act_init", "alpha")
 
 
 def main(folder: Path) -> None:
@@ -18,13 +18,14 @@ def main(folder: Path) -> None:
     for found in record.find(folder):
         axes, stage = found["axes"], found["config"]["stage"]
         name = f"{axes['model']} {axes['stage']}" + (f" {axes['weight_bits']} bit" if axes["weight_bits"] else "")
-        setting = ", ".join(f"{key}={stage[key]}" for key in SETTINGS if key in stage)
+        of_reg = ", ".join(word for word in found["overrides"] if word.startswith("reg."))
+        setting = ", ".join([*(f"{key}={stage[key]}" for key in SETTINGS if key in stage), *filter(None, [of_reg])])
         cells[name, setting][axes["reg"]].append(found["metrics"]["top1"])
         if found["sqnr_db"]:
             worst = min(value if value is not None else float("-inf") for value in found["sqnr_db"].values())
             lowest[name, setting] = min(worst, lowest.get((name, setting), float("inf")))
         if found["fp32"]:
-            full = cells[f"{axes['model']} full precision", ""][axes["reg"]]
+            full = cells[f"{axes['model']} full precision", of_reg][axes["reg"]]
             if found["fp32"]["top1"] not in full:
                 full.append(found["fp32"]["top1"])
     regs = sorted({reg for row in cells.values() for reg in row})
