@@ -85,8 +85,9 @@ def comparison(records: Sequence[Mapping[str, Any]]) -> None:
         row = rows.setdefault(kept, {"full\nprecision": "-"})
         if record["fp32"]:
             row["full\nprecision"] = f"{record['fp32']['top1']:.2f} %"
-            row["largest\nweight"] = f"{record['weights_summary']['max_abs']:.2f}"
-            row["kurtosis"] = f"{record['weights_summary']['kurtosis']:.2f}"
+        for name, key in (("largest\nweight", "max_abs"), ("kurtosis", "kurtosis")):
+            if record["fp32"] or name not in row:  # of a run from scratch where no other has its row
+                row[name] = f"{record['weights_summary'][key]:.2f}"
         if axes["stage"] != "fp32":
             row[f"{axes['stage']}\n{bits}{of_stage}"] = cell
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -126,7 +127,8 @@ def summary(record: Mapping[str, Any], directory: Path) -> None:
         ("top-1", f"{metrics['top1']:.2f} %  (top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.3f})"),
         ("full precision", f"{record['fp32']['top1']:.2f} %" if record["fp32"] else f"trained from {beginning}"),
         ("weights", f"largest {record['weights_summary']['max_abs']:.3f}, "
-                    f"mean kurtosis {record['weights_summary']['kurtosis']:.2f} after pretraining"),
+                    f"mean kurtosis {record['weights_summary']['kurtosis']:.2f} "
+                    f"after {'pretraining' if record['fp32'] else 'training'}"),
         ("file", f"{record['size']['file_mib']:.3f} MiB, {record['size']['bits_per_weight'] or 32:g} bits per weight"),
         *_noteworthy(record.get("details") or {}),
         ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in record["seconds"].items())),

@@ -307,7 +307,7 @@ def make(
     from r2 import store
     from r2.regularizers import describe
 
-    packed = directory / "model.safetensors"
+    packed, final = directory / "model.safetensors", describe(model)
     found = finite(
         {
             "schema": SCHEMA,
@@ -332,12 +332,8 @@ def make(
             "processes": world.size,
             "train_images": data.train_images,
             "skipped_images": pretrained.skipped_images + skipped,
-            "weights_summary": weights_summary(pretrained.weights),
-            "weights": {
-                "initial": pretrained.weights_initial,
-                "pretrained": pretrained.weights,
-                "final": describe(model),
-            },
+            "weights_summary": weights_summary(pretrained.weights if pretrained.metrics else final),
+            "weights": {"initial": pretrained.weights_initial, "pretrained": pretrained.weights, "final": final},
             "sha256": {
                 "weights": config["weights"] and config["weights"]["sha256"],  # of the file that all began with
                 "pretrained": pretrained.sha256,

@@ -159,7 +159,9 @@ def test_a_sweeps_table_shows_every_run_whatever_was_swept(capsys):
         axes = {"data": "digits", "model": "mbv2-1.0", "reg": "linf", "stage": "ewgs", "seed": 0, "weight_bits": 2,
                 "act_bits": 2, "dim": None}  # fmt: skip
         words = ["reg=linf", "stage=ewgs", "threads=1", *overrides]
-        return {"axes": axes, "size": {"file_mib": None}, "metrics": {"top1": top1}, "fp32": None, "overrides": words}
+        weights = {"max_abs": 1.0, "kurtosis": 3.0}
+        return {"axes": axes, "size": {"file_mib": None}, "metrics": {"top1": top1}, "fp32": None, "overrides": words,
+                "weights_summary": weights}  # fmt: skip
 
     console.comparison([record("reg.weight=0.01", "stage.delta=0", top1=81.11), record("reg.weight=0.1", top1=82.22),
                         record("reg.weight=0.1", "stage.delta=0.001", top1=83.33)])  # fmt: skip
