@@ -111,3 +111,14 @@ def test_a_wheel_carries_what_an_installed_r2_reads_and_names():
         name for path in (ROOT / "r2").rglob("*.py") for name in re.findall(r"\{script\('(\w+)'\)", path.read_text())
     }
     assert named and {f"r2/scripts/{name}.py" for name in named} <= set(carried.values())
+
+
+def test_the_readme_s_claims_about_the_first_command_are_those_of_its_table():
+    table = (ROOT / "docs" / "results.md").read_text().split("## The first command")[1].split("## ")[0]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for row in ("full precision", "2 bits"):
+        (line,) = re.findall(rf"^\| {row}, % \|(.*)\|$", table, flags=re.MULTILINE)
+        found = [float(cell) for cell in line.split("|")]
+        assert len(found) == 10
+        at = {"full precision": "in full precision", "2 bits": "at 2 bits"}[row]
+        assert f"{min(found)} to {max(found)} % {at}" in readme
