@@ -327,14 +327,34 @@ def test_gradients_equal_float64_autograd_for_every_kind_of_layer(kind, dim):
         torch.testing.assert_close(w.grad.double(), e.grad, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [parametrizations.weight_norm, parametrizations.orthogonal, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
-)
-def test_a_computed_weight_is_one_clear_error(change):
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_a_parametrized_weight_passes_the_term_on_to_its_originals(kind, change):
+    torch.manual_seed(0)
     model = small_model()
     change(model[4])
-    with pytest.raises(UserError, match=r"^4\.weight is computed .*remove_parametrizations$"):
+    exact, images = copy.deepcopy(model), torch.randn(4, 3, 5, 5)
+    reg, exact_reg = kind(model), kind(exact)
+    for step in range(2):  # the second computes the weight from the originals that the first has changed
+        model.zero_grad()
+        exact.zero_grad()
+        model(images).square().mean().backward()
+        value = reg.add_gradients()
+        loss = exact_reg()
+        (exact(images).square().mean() + loss).backward()
+        assert value.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+        for (name, p), e in zip(model.named_parameters(), exact.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, e.grad, rtol=1e-4, atol=1e-6, msg=name)
+            p.data -= 0.1 * p.grad
+            e.data.copy_(p.data)
+
+
+@pytest.mark.parametrize("change", [torch.nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_computed_by_a_hook_is_one_clear_error(change):
+    model = small_model()
+    change(model[4])
+    with pytest.raises(UserError, match=r"^4\.weight is computed .*torch.nn.utils.parametrizations"):
         R.Margin(model)
 
 

@@ -1,10 +1,11 @@
 """What every regularizer shares: the weights it reads, and one fused pass over all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from r2.config import UserError
 from r2.kernels import dense, flat
@@ -63,8 +64,8 @@ class Regularizer(nn.Module):
             and summed.
 
     Raises:
-        UserError: there is no weight, or one is computed from other parameters (torch.nn.utils.parametrize,
-            weight_norm, prune).
+        UserError: there is no weight, or one is computed from other parameters otherwise than by
+            torch.nn.utils.parametrize: the old weight_norm and prune keep the last forward's.
     """
 
     decay = 1.0  # factor on the optimizer's weight decay
@@ -78,19 +79,32 @@ class Regularizer(nn.Module):
             raise UserError(
                 "the model has no convolution, linear layer or embedding, so there is nothing to regularize"
             )
+        self._parametrized: dict[str, Any] = {}  # layers by the name of their weight
         for name, w in self._named.items():
-            if not isinstance(w, nn.Parameter):
+            if isinstance(w, nn.Parameter):
+                continue
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            if not parametrize.is_parametrized(layer, "weight"):
                 raise UserError(
-                    f"{name} is computed from other parameters, and a regularizer needs the parameter itself; "
-                    "make it one first, for instance by torch.nn.utils.parametrize.remove_parametrizations"
+                    f"{name} is computed from other parameters by a hook; use torch.nn.utils.parametrizations, or make "
+                    "it a parameter first (torch.nn.utils.remove_weight_norm, prune.remove)"
                 )
+            self._parametrized[name] = layer
+            self._named[name] = w.detach().requires_grad_(w.requires_grad)
 
-    def columns(self, every: bool = False) -> Iterator[tuple[int, int, Tensor]]:
+    def weights(self) -> list[Tensor]:
+        """As they are now: the parameters, and what parametrizations make of theirs."""
+        with torch.enable_grad():
+            return [self._parametrized[n].weight if n in self._parametrized else w for n, w in self._named.items()]
+
+    def columns(
+        self, weights: Sequence[Tensor] | None = None, every: bool = False
+    ) -> Iterator[tuple[int, int, Tensor]]:
         """(layer, column, weight) in a fixed order, of `every` weight or of those that are trained.
 
         A weight of fewer rows than `dim` has fewer columns.
         """
-        for layer, w in enumerate(self._named.values()):
+        for layer, w in enumerate(self.weights() if weights is None else weights):
             if every or w.requires_grad:
                 for column in range(min(self.dim, len(w))):
                     yield layer, column, w
@@ -154,7 +168,9 @@ class Regularizer(nn.Module):
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        columns = list(self.columns())
+        weights = self.weights()
+        leaves = [self._leaf(name, w) for name, w in zip(self._named, weights, strict=True)]
+        columns = list(self.columns(leaves))
         used = [(i, j, w) for i, j, w in columns if w.grad is not None]  # the others the step has not used
         if not used:
             if columns:
@@ -179,7 +195,27 @@ class Regularizer(nn.Module):
             if not self._in_place(w):
                 grad = self.part(w.grad, j)
                 grad += added.view(grad.shape)
+        for name, w, leaf in zip(self._named, weights, leaves, strict=True):
+            if leaf is not w and leaf.grad is not None:
+                originals = self._originals(name)
+                found = torch.autograd.grad(w, originals, leaf.grad, allow_unused=True, materialize_grads=True)
+                for original, added in zip(originals, found, strict=True):
+                    original.grad += added
         return self.scale() * terms.sum()
+
+    def _originals(self, name: str) -> list[Any]:
+        """The parameters with a gradient that a parametrized weight is computed from."""
+        found = self._parametrized[name].parametrizations.weight.parameters()
+        return [p for p in found if p.requires_grad and p.grad is not None]
+
+    def _leaf(self, name: str, w: Tensor) -> Tensor:
+        """A parametrized weight with a gradient of its own, if the step has used it; any other as it is."""
+        if name not in self._parametrized:
+            return w
+        leaf = w.detach().requires_grad_(w.requires_grad)
+        if self._originals(name):
+            leaf.grad = torch.zeros_like(leaf)
+        return leaf
 
     def _in_place(self, w: Tensor) -> bool:
         """Whether the flat weight and gradient are views, in the same order."""
