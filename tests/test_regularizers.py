@@ -335,7 +335,7 @@ def test_a_parametrized_weight_passes_the_term_on_to_its_originals(kind, change)
     change(model[4])
     exact, images = copy.deepcopy(model), torch.randn(4, 3, 5, 5)
     reg, exact_reg = kind(model), kind(exact)
-    for step in range(2):  # the second computes the weight from the originals that the first has changed
+    for _ in range(2):  # the second computes the weight from the originals that the first has changed
         model.zero_grad()
         exact.zero_grad()
         model(images).square().mean().backward()
