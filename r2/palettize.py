@@ -114,12 +114,13 @@ class _DKM(torch.autograd.Function):
 def relative_temperature(bits: int, dim: int = 1) -> float:
     """A temperature in variances of a layer's weights that leaves some weights soft, and every centroid its own.
 
-    min(0.1 / L, 1 / L^2) of the L = 2^(bits / dim) levels per weight: 0.05, 0.025, 0.0039 for 1, 2 and 4 bits. The
-    first is what training does best with at few levels. The second keeps centroids apart: two of them merge at twice
+    min(0.2 / L, 1 / L^2) of the L = 2^(bits / dim) levels per weight: 0.1, 0.05, 0.0039 for 1, 2 and 4 bits. The
+    first leaves every layer soft to the end of training; half of it hardens many, twice it costs ten points or more
+    at 1 bit (docs/pilots.md). The second keeps centroids apart: two of them merge at twice
     their cluster's variance (Rose 1990), and that of L clusters of uniform weights is 1 / L^2 of the layer's.
     """
     levels = 2 ** (bits / dim)
-    return min(0.1 / levels, 1 / levels**2)
+    return min(0.2 / levels, 1 / levels**2)
 
 
 def vectorize(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
