@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r2.config import ImageSize, UserError, first_line, height_and_width
-from r2.data.batches import IGNORED, Data, mix
+from r2.data.batches import IGNORED, Data, mix, unawaited
 from r2.dist import World, ignore_stop_signals
 from r2.hub import MEAN_AND_STD
 
@@ -98,18 +98,20 @@ class Images(Data):
             self._stream.wait_stream(torch.cuda.current_stream(world.device))  # which makes the two rows
         return super().to(world)
 
-    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = [batch for batch in batches if len(batch)]
+    def _batches(
+        self, indices: Tensor, size: int, seed: int, epoch: int, train: bool | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = [batch for batch in indices.split(size) if len(batch)]
         mine = self._tasks.plan(batches, seed, epoch, train)
         with self._unless_stalled():
             pieces = iter(self._started())
         for batch in batches:
             if self._tasks.planned != mine:
                 raise RuntimeError("another pass over the data has begun; its workers serve one at a time")
-            n, size = len(batch), height_and_width(self.image_size)
+            n = len(batch)
             labels = torch.empty(n, dtype=torch.int64)
             with self._beside_the_model():
-                images = torch.empty(n, *size, 3, device=self.world.device)
+                images = torch.empty(n, *height_and_width(self.image_size), 3, device=self.world.device)
             for at in range(0, n, PIECE):
                 with self._unless_stalled():
                     done: _Done = next(pieces)
@@ -121,7 +123,7 @@ class Images(Data):
             self._hand_over(images)
             if train is not False and bool((labels == IGNORED).all()):  # an evaluation leaves them out
                 raise UserError(f"no image of a whole batch of {n} can be decoded; look at {done.bad[0][0]}")
-            yield images.permute(0, 3, 1, 2), labels.to(self.world.device, non_blocking=True)
+            yield images.permute(0, 3, 1, 2), unawaited(labels, self.world.device)
 
     def _beside_the_model(self) -> contextlib.AbstractContextManager:
         """On a GPU a stream of its own, so that the next batch is copied and normalised while the model computes."""

@@ -78,8 +78,7 @@ def train(
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group.setdefault("initial_lr", group["lr"])
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16" and device.type == "cuda")
-    every = 1 if device.type == "cpu" and world.size == 1 else 10
-    upkeep = resume.Upkeep(run, phase, keys, data, steps, every, model, optimizers, scaler, regularizer)
+    upkeep = resume.Upkeep(run, phase, keys, data, steps, looks_every(world), model, optimizers, scaler, regularizer)
     position, sums = upkeep.position, upkeep.sums
     net = world.parallel(model)
     forward = torch.compile(net) if recipe.compile else fast_on_small_maps(net, device)
@@ -106,17 +105,22 @@ def train(
                 if before_update:
                     before_update()
                 penalty = regularizer.add_gradients() if regularizer is not None else None
-                upkeep.check_loss(loss if penalty is None else loss + penalty)
-                _update(optimizers, scaler, recipe.clip_norm)
                 sums.add(seen, penalty)
-                if bar.due():
+                upkeep.check_loss(loss if penalty is None else loss + penalty)
+                if upkeep.due and bar.due():  # the device has nothing left to do that the bar would wait for
                     bar.update(upkeep.step + 1, _running(upkeep, recipe, factor * recipe.lr))
+                _update(optimizers, scaler, recipe.clip_norm)
                 upkeep.after_step()
             row = _epoch_row(phase, upkeep, data, recipe)
             bar.epoch(_line(row, recipe.epochs))
             upkeep.after_epoch(row, last=position.epoch == recipe.epochs - 1)
     seconds = upkeep.seconds() if not upkeep.resumed else max(position.seconds, 1e-9)
     return Trained(round(seconds, 2), round(total * recipe.batch_size / seconds, 1), summary(position.rows))
+
+
+def looks_every(world: World) -> int:
+    """Steps between two looks at the device, which wait for it; alone on a CPU there is nothing to wait for."""
+    return 1 if world.device.type == "cpu" and world.size == 1 else 10
 
 
 def choose_convolutions(recipe: Recipe, device: torch.device) -> None:
