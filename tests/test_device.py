@@ -18,7 +18,7 @@ from r2.quantizers import affine, ewgs, lsq, pact
 from r2.quantizers.layers import quantizable, quantizer_parameters, swap
 from r2.stages.graph import places
 
-NETWORKS = {"resnet18": lambda: models.resnet18(10, 0.125), "mobilenet_v2": lambda: models.mobilenet_v2(10, 0.25)}
+NETWORKS = {"resnet18": lambda: models.resnet18(10, 0.25), "mobilenet_v2": lambda: models.mobilenet_v2(10, 0.25)}
 SIZES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
 QUANTIZERS = {
     "fp32": None,
