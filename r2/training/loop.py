@@ -1,7 +1,7 @@
 """The training loop and evaluation. Pretraining and every fine-tuning stage use them."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def train(
     autocast = _autocast(recipe, device)
     choose_convolutions(recipe, device)
 
-    with upkeep.watch(), Phase(phase, total, upkeep.step, world.main) as bar:
+    with upkeep.watch(), tf32(uses_tf32(recipe, device)), Phase(phase, total, upkeep.step, world.main) as bar:
         while position.epoch < recipe.epochs:
             if position.step == 0 and before_epoch:
                 before_epoch(position.epoch)
@@ -129,6 +129,27 @@ def choose_convolutions(recipe: Recipe, device: torch.device) -> None:
     In float32 it uses its heuristics, which are the same in every process, so a resumed run rounds as before.
     """
     torch.backends.cudnn.benchmark = device.type == "cuda" and recipe.precision != "fp32"
+
+
+def uses_tf32(recipe: Recipe, device: torch.device) -> bool:
+    """Whether training may: where most products are in 16 bits anyway."""
+    return device.type == "cuda" and recipe.precision != "fp32"
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may keep 10 bits of the factors of a float32 product, in matrix products and convolutions."""
+    # PyTorch's newer names make its compiler's questions about the older ones fail.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _begin_step(optimizers: list[Optimizer], factor: float) -> None:
@@ -263,16 +284,17 @@ def _running(upkeep: resume.Upkeep, recipe: Recipe, lr: float) -> str:
     )
 
 
-@torch.no_grad()
 def best(logits: Tensor) -> Tensor:
     """The five best classes (n, 5), as torch.topk orders them: logits of 8 bits are often equal."""
     return logits.topk(min(5, logits.shape[1]), 1).indices
 
 
+@torch.no_grad()
+@tf32(False)
 def evaluate(model: nn.Module, data: Data, world: World, recipe: Recipe) -> dict[str, float]:
     """Top-1 and top-5 in percent, and mean cross-entropy, over the validation images, each counted once.
 
-    In float32, whatever the recipe's precision, as the packed file is read: autocast moves values off their grids.
+    In IEEE float32, whatever the recipe's precision, as the packed file is read: autocast moves values off their grids.
     """
     world.broadcast_buffers(model)
     model.eval()
