@@ -133,7 +133,7 @@ def sync_batchnorm(model: nn.Module, world: World) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if fused:
         raise UserError(
-            "recipe.sync_bn=true: timm's BatchNormAct2d can be synchronised only on GPUs; set recipe.sync_bn=false"
+            "recipe.sync_bn: timm's BatchNormAct2d can be synchronised only on GPUs; set recipe.sync_bn=false"
         )
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:

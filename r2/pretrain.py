@@ -73,7 +73,7 @@ def pretrain(config: dict, data: Data, recipe: Recipe, world: World, tracker: Tr
 
 
 def _trained(model: nn.Module, config: dict, data: Data, recipe: Recipe, run: Run) -> Trained:
-    if recipe.sync_bn:
+    if recipe.syncs_batchnorm(run.world.size):
         model = sync_batchnorm(model, run.world)
     regularizer = build(config["reg"], model).to(run.world.device)
     optimizer = optimizer_of(model, recipe, regularizer)

@@ -17,7 +17,8 @@ from r2.regularizers import Regularizer
 class Recipe:
     """How to optimise. `batch_size` is global: over all devices and all micro-batches of a step.
 
-    `momentum` and `nesterov` are SGD's; AdamW has PyTorch's betas and epsilon.
+    `momentum` and `nesterov` are SGD's; AdamW has PyTorch's betas and epsilon. `sync_bn` auto synchronises BatchNorm
+    over several devices if each has 16 images or fewer at once.
     """
 
     epochs: Count
@@ -33,10 +34,15 @@ class Recipe:
     compile: bool = False
     accumulate: Count = 1
     clip_norm: Positive | None = None
-    sync_bn: bool = False
+    sync_bn: bool | Literal["auto"] = False
     finetune: dict = field(default_factory=dict)  # the stages' epochs, batch and learning rates
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["cosine", "linear"] = "cosine"
+
+    def syncs_batchnorm(self, devices: int) -> bool:
+        if self.sync_bn == "auto":
+            return devices > 1 and self.batch_size <= 16 * devices * self.accumulate
+        return self.sync_bn
 
 
 def optimizer_of(

@@ -45,9 +45,10 @@ def experiment(config: dict, world: "World") -> "Record":
     from r2.pretrain import pretrain, untrained
     from r2.report import layer
     from r2.trackers import Tracker
-    from r2.training.loop import check_batches
+    from r2.training.loop import allow_tf32, check_batches
 
     keep_freed_memory()
+    allow_tf32(False)
     stage, recipe = build(config["stage"]), build(config["recipe"])
     columns = axes(config, stage)
     identity = of_run(config, columns)

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from r2.config import UserError
 from r2.data.batches import IGNORED
 from r2.data.folder import Folder, imagenet, imagenette
 from r2.data.folder import folder as own
-from r2.data.images import decode
+from r2.data.images import Images, decode
 from r2.data.memory import cifar10, digits, fashion_mnist
 from r2.dist import World
 
@@ -350,3 +351,53 @@ def test_a_bad_image_may_be_a_whole_batch_of_validation_and_a_whole_micro_batch_
     data = Folder(str(tmp_path), 3, 32, 0, "skip", 4).to(World())
     labels = torch.cat([y for _, y in data.val(1)])
     assert data.skipped == 1 and (labels == IGNORED).sum() == 1 and len(labels) == 18
+
+
+class LateStream:
+    """A CUDA stream that copies only when it is waited for."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def synchronize(self, upto=None):
+        for copy in self.waiting[:upto]:
+            copy()
+        self.waiting[:upto] = [lambda: None] * len(self.waiting[:upto])
+
+    def record_event(self):
+        upto = len(self.waiting)
+        return SimpleNamespace(synchronize=lambda: self.synchronize(upto))
+
+
+@pytest.mark.parametrize("workers, refused", [(0, 0), (2, 0), (0, 1)])
+def test_a_gpu_reads_the_workers_memory_before_it_is_written_again(tmp_path, monkeypatch, workers, refused):
+    folder(tmp_path, classes=2, images=200)
+    make = lambda: Folder(str(tmp_path), 2, 32, workers, "error", 4).to(World())  # noqa: E731
+    with contextlib.closing(make()) as data:
+        expected = [list(data.train(20, seed=0, epoch=epoch)) for epoch in (0, 1)]
+
+    registered, calls = [], []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda at, size, flags: calls.append((at, size)) or refused or registered.append(at) or 0,
+        cudaHostUnregister=lambda at: registered.remove(at),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(Images, "_beside_the_model", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(Images, "_hand_over", lambda self, images: None)
+    normalise = Images._normalise
+
+    def late(self, pixels, out):
+        pixels = pixels if self._registered else pixels.clone()
+        self._stream.waiting.append(lambda: normalise(self, pixels, out))
+
+    monkeypatch.setattr(Images, "_normalise", late)
+    with contextlib.closing(make()) as data:
+        data._stream = LateStream()
+        found = [list(data.train(20, seed=0, epoch=epoch)) for epoch in (0, 1)]
+        data._stream.synchronize()
+        places = data._decoder.places
+        assert registered == ([] if refused else [places.data_ptr()])
+        assert calls == [(places.data_ptr(), places.nbytes)]
+    assert registered == []
+    for (x, y), (z, t) in zip(sum(found, []), sum(expected, []), strict=True):
+        assert torch.equal(x, z) and torch.equal(y, t)

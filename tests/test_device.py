@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from r2 import kernels, models, regularizers
 from r2.clustering import passes
 from r2.palettize import Palette
-from r2.quantizers import ewgs, lsq, pact
+from r2.quantizers import affine, ewgs, lsq, pact
 from r2.quantizers.layers import quantizable, quantizer_parameters, swap
+from r2.stages.graph import places
 
-NETWORKS = {"resnet18": lambda: models.resnet18(10, 0.125), "mobilenet_v2": lambda: models.mobilenet_v2(10, 0.25)}
+NETWORKS = {"resnet18": lambda: models.resnet18(10, 0.25), "mobilenet_v2": lambda: models.mobilenet_v2(10, 0.25)}
 SIZES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4)]
 QUANTIZERS = {
     "fp32": None,
@@ -60,9 +61,27 @@ def compressed(network, method):
     return model, quantizer_parameters(layers)
 
 
-@pytest.mark.parametrize("network, method", CASES)
-def test_forwards_on_fake_cuda(network, method):
-    model, _ = compressed(network, method)
+def post_trained(network, stage):
+    """The network as a post-training stage leaves it: without BatchNorm, weights and activations on affine grids."""
+    model = NETWORKS[network]().eval()
+    where = places(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            model.set_submodule(name, nn.Identity())
+    layers = quantizable(model)
+    swap(layers, lambda name: affine.Affine(4, len(layers[name].weight) if stage == "dfq" else 1))
+    for layer in layers.values():
+        layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))  # BatchNorm's
+        if stage == "adaround":  # its rounding is not to the nearest
+            layer.codes = layer.quantizer.encode(layer.weight)
+    for name in where.inputs:
+        affine.quantize_input(model.get_submodule(name), affine.Activation(8))
+    for name in where.outputs:
+        affine.quantize_output(model.get_submodule(name), affine.Activation(8))
+    return model
+
+
+def forwards_on_fake_cuda(model):
     with FakeTensorMode():
         state = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda").requires_grad_(tensor.requires_grad)
@@ -71,7 +90,22 @@ def test_forwards_on_fake_cuda(network, method):
         images = torch.empty(4, 3, 64, 64, device="cuda")
         with OnDevice():
             logits = torch.func.functional_call(model, state, (images,))
-    assert logits.device.type == "cuda" and logits.shape == (4, 10) and logits.requires_grad
+    assert logits.device.type == "cuda" and logits.shape == (4, 10)
+    return logits
+
+
+@pytest.mark.parametrize("network, method", CASES)
+def test_forwards_on_fake_cuda(network, method):
+    model, _ = compressed(network, method)
+    assert forwards_on_fake_cuda(model).requires_grad
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("stage", ["none", "dfq", "adaround"])
+def test_a_post_training_stage_s_model_on_fake_cuda(network, stage):
+    model = post_trained(network, stage)
+    assert sum(isinstance(m, affine.Affine | affine.Activation) for m in model.modules()) > 50
+    forwards_on_fake_cuda(model)
 
 
 @pytest.mark.parametrize("network, method", CASES)

@@ -78,3 +78,9 @@ def test_a_finished_pretraining_is_found_with_other_calibration():
 def test_another_target_than_the_options_own_is_refused(word):
     with pytest.raises(UserError, match=r"_target_=r2\.[^\n]+ an option of its own\Z"):
         config_of(word)
+
+
+def test_a_key_that_was_made_before_batchnorm_was_synchronised_by_itself_stays():
+    configs = [config_of("data=imagenet", *words) for words in ([], ["recipe.sync_bn=false"], ["recipe.sync_bn=true"])]
+    auto, never, always = (keys(config, build(config["stage"])) for config in configs)
+    assert auto == never != always

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from r2.data.memory import fake
+from r2.dist import World
 from r2.recipe import Recipe, finetuning, learning_rate, optimizer_of
 from r2.regularizers import L2, Margin
-from r2.training.loop import choose_convolutions
+from r2.training.loop import choose_convolutions, evaluate, tf32, uses_tf32
 
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
 
@@ -42,3 +44,37 @@ def test_cudnn_times_its_algorithms_where_a_run_need_not_repeat_bits(precision, 
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not timed)
     choose_convolutions(recipe(precision=precision), torch.device(device))
     assert torch.backends.cudnn.benchmark is timed
+
+
+@pytest.mark.parametrize("sync_bn, devices, batch_size, accumulate, synchronised", [
+    ("auto", 1, 8, 1, False), ("auto", 2, 32, 1, True), ("auto", 2, 34, 1, False), ("auto", 8, 256, 2, True),
+    (True, 8, 2048, 1, True), (False, 8, 8, 1, False),
+])  # fmt: skip
+def test_batchnorm_is_synchronised_where_a_device_has_few_images(
+    sync_bn, devices, batch_size, accumulate, synchronised
+):
+    made = recipe(sync_bn=sync_bn, batch_size=batch_size, accumulate=accumulate)
+    assert made.syncs_batchnorm(devices) is synchronised
+
+
+class Flags(nn.Module):
+    """Notes how products are computed, and whether for gradients."""
+
+    def forward(self, x):
+        cuda, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        self.found = (cuda, cudnn, torch.is_grad_enabled())
+        return torch.zeros(len(x), 10)
+
+
+@pytest.mark.parametrize("precision, device, allowed", [("bf16", "cuda", True), ("fp16", "cuda", True),
+                                                        ("fp32", "cuda", False), ("bf16", "cpu", False)])  # fmt: skip
+def test_training_in_16_bits_alone_uses_tf32_and_evaluation_never_does(precision, device, allowed):
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    made, model = recipe(precision=precision), Flags()
+    with tf32(uses_tf32(made, torch.device(device))):
+        model(torch.zeros(1))
+        assert model.found == (allowed, allowed, True)
+        evaluate(model, fake(val_images=4).to(World()), World(), made)
+        assert model.found == (False, False, False)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)

@@ -6,7 +6,6 @@ number of workers, and N processes see the same global batches as one.
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,11 @@ def chunk(inputs: Inputs, parts: int) -> list[Inputs]:
         return list(inputs.chunk(parts))
     columns = zip(*(tensor.chunk(parts) for tensor in inputs.values()), strict=True)
     return [dict(zip(inputs, column, strict=True)) for column in columns]
+
+
+def unawaited(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, from pinned memory: for any other the host would wait."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def mix(*parts: int) -> int:
@@ -96,23 +100,29 @@ class Data:
         indices = _order(self.train_images, seed, epoch)
         if n > self.train_images:  # fewer images than one batch: some come twice
             indices = indices.repeat(-(-n // self.train_images))
-        batches = indices[:n].view(-1, batch_size)[start:]
-        return self._batches(batches[:, self._mine(batch_size)], seed, epoch, train=True)
+        mine = indices[:n].view(-1, batch_size)[start:, self._mine(batch_size)]
+        return self._batches(mine.flatten(), mine.shape[1], seed, epoch, train=True)
 
     def val(self, batch_size: int) -> Iterator[tuple[Inputs, Tensor]]:
         """This rank's share of the validation images, each once."""
         indices = torch.arange(self.world.rank, self.val_images, self.world.size)
-        return self._batches(indices.split(batch_size), 0, 0, train=False)
+        return self._batches(indices, batch_size, 0, 0, train=False)
 
     def calibration(self, batch_size: int, seed: int, epoch: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
         """Seeded training images without augmentation, the same on every rank."""
         count = min(self.calibration_images, self.train_images)
-        return self._batches(_order(self.train_images, seed, epoch)[:count].split(batch_size), 0, 0, train=None)
+        return self._batches(_order(self.train_images, seed, epoch)[:count], batch_size, 0, 0, train=None)
 
     def _mine(self, batch_size: int) -> slice:
         local = batch_size // self.world.size
         return slice(self.world.rank * local, (self.world.rank + 1) * local)
 
-    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Inputs, Tensor]]:
-        """`train`: True for augmented training images, None for plain ones, False for validation images."""
+    def _batches(
+        self, indices: Tensor, size: int, seed: int, epoch: int, train: bool | None
+    ) -> Iterator[tuple[Inputs, Tensor]]:
+        """`size` of the examples (n,) at a time, without waiting for the device, which has steps to do meanwhile.
+
+        Args:
+            train: True for augmented training images, None for plain ones, False for validation images.
+        """
         raise NotImplementedError

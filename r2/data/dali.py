@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from r2.config import Count, CountOrZero, UserError
-from r2.data.batches import Data, mix
+from r2.data.batches import Data, mix, unawaited
 from r2.data.shards import Shards
 from r2.paths import script
 
@@ -20,13 +20,16 @@ from r2.paths import script
 class DALIShards(Shards):
     """`Shards`, whose training images are decoded, cropped, resized and flipped by DALI."""
 
-    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(
+        self, indices: Tensor, size: int, seed: int, epoch: int, train: bool | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         if not train:
-            yield from super()._batches(batches, seed, epoch, train)
+            yield from super()._batches(indices, size, seed, epoch, train)
             return
         self._started()  # its decoder draws the crops
+        batches = indices.split(size)
         inputs = (self._inputs(batch, seed, epoch) for batch in batches)
-        pipeline = _pipeline(inputs, len(batches[0]), self.image_size, max(1, self.workers), self.world.device)
+        pipeline = _pipeline(inputs, size, self.image_size, max(1, self.workers), self.world.device)
         for batch in batches:
             try:
                 (found,) = pipeline.run()
@@ -37,7 +40,7 @@ class DALIShards(Shards):
                     f"{script('prepare_imagenet')} --out <data.root> names damaged shards"
                 ) from None
             labels = torch.from_numpy(self._train_tars.labels[batch.numpy()])
-            yield self._on_device(found.as_tensor()), labels.to(self.world.device, non_blocking=True)
+            yield self._on_device(found.as_tensor()), unawaited(labels, self.world.device)
 
     def _inputs(self, batch: Tensor, seed: int, epoch: int) -> tuple[list, ...]:
         """The encoded images of a batch, where their windows start, their shapes, and whether to flip."""

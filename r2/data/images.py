@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,13 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from r2.config import ImageSize, UserError, first_line, height_and_width
-from r2.data.batches import IGNORED, Data, mix
+from r2.data.batches import IGNORED, Data, mix, unawaited
 from r2.dist import World, ignore_stop_signals
 from r2.hub import MEAN_AND_STD
 
 PIECE = 16  # images of one task of a worker
 AHEAD = 8  # pieces that each worker may be ahead of the main process
 MOST_BAD = 0.1  # of the images may be skipped
+LATE = 8  # pieces that a GPU may be behind with copying
 STALL = 1800.0  # seconds without a piece after which a worker, or the disk, counts as hung
 
 
@@ -77,6 +79,7 @@ class Images(Data):
         self.train_images, self.val_images = len(train.labels), len(val.labels)
         self._tasks = _Tasks()
         self._loader: Any = None
+        self._registered: int | None = None  # where the memory begins that a GPU reads itself; 0 if it does not
         self._told: set[str] = set()
 
     def describe(self) -> str:
@@ -92,36 +95,46 @@ class Images(Data):
         rows = [torch.tensor(values, dtype=torch.float32) * 255 for values in MEAN_AND_STD]
         _, width = height_and_width(self.image_size)
         self._mean, self._std = (row.repeat(width).to(world.device) for row in rows)
-        self._stream = None
+        self._stream: Any = None
         if world.device.type == "cuda":
             self._stream = torch.cuda.Stream(world.device)
             self._stream.wait_stream(torch.cuda.current_stream(world.device))  # which makes the two rows
         return super().to(world)
 
-    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = [batch for batch in batches if len(batch)]
+    def _batches(
+        self, indices: Tensor, size: int, seed: int, epoch: int, train: bool | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = [batch for batch in indices.split(size) if len(batch)]
         mine = self._tasks.plan(batches, seed, epoch, train)
+        if self._stream is not None:
+            self._stream.synchronize()  # the workers write to the first place again
         with self._unless_stalled():
             pieces = iter(self._started())
+        self._register()
+        copies: deque[torch.cuda.Event] = deque()
         for batch in batches:
             if self._tasks.planned != mine:
                 raise RuntimeError("another pass over the data has begun; its workers serve one at a time")
-            n, size = len(batch), height_and_width(self.image_size)
+            n = len(batch)
             labels = torch.empty(n, dtype=torch.int64)
             with self._beside_the_model():
-                images = torch.empty(n, *size, 3, device=self.world.device)
+                images = torch.empty(n, *height_and_width(self.image_size), 3, device=self.world.device)
             for at in range(0, n, PIECE):
+                if len(copies) > LATE:
+                    copies.popleft().synchronize()  # the task that is given out next takes this one's place
                 with self._unless_stalled():
                     done: _Done = next(pieces)
                 end = at + len(done.labels)
                 with self._beside_the_model():
                     self._normalise(self._decoder.places[done.place, : end - at], images[at:end])
+                if self._registered:
+                    copies.append(self._stream.record_event())
                 labels[at:end] = torch.tensor(done.labels)
                 self._note(done.bad)
             self._hand_over(images)
             if train is not False and bool((labels == IGNORED).all()):  # an evaluation leaves them out
                 raise UserError(f"no image of a whole batch of {n} can be decoded; look at {done.bad[0][0]}")
-            yield images.permute(0, 3, 1, 2), labels.to(self.world.device, non_blocking=True)
+            yield images.permute(0, 3, 1, 2), unawaited(labels, self.world.device)
 
     def _beside_the_model(self) -> contextlib.AbstractContextManager:
         """On a GPU a stream of its own, so that the next batch is copied and normalised while the model computes."""
@@ -139,6 +152,10 @@ class Images(Data):
         if self._loader is not None and self._loader._iterator is not None:
             self._loader._iterator._shutdown_workers()
         self._loader = None
+        if self._registered:
+            self._stream.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self._registered)
+        self._registered = None
 
     @contextlib.contextmanager
     def _unless_stalled(self) -> Iterator[None]:
@@ -159,7 +176,8 @@ class Images(Data):
             atexit.register(_close, weakref.ref(self))
             from torch.utils.data import DataLoader
 
-            self._tasks.places = self.workers * AHEAD + 1  # one more than the tasks that are under way
+            # one more than the tasks that are under way
+            self._tasks.places = self.workers * AHEAD + 1 + (LATE if self._stream is not None else 0)
             self._decoder = _Decoder(
                 self._train_source, self._val_source, self.image_size, self._memory(), self.on_bad_image
             )
@@ -190,11 +208,24 @@ class Images(Data):
             )
         return torch.empty(shape, dtype=torch.uint8).share_memory_()
 
+    def _register(self) -> None:
+        """Let a GPU read the places as they are; if the driver refuses, each piece is copied to pinned memory first.
+
+        After the workers have started: memory registered before might be missing in a process that is forked.
+        """
+        if self._stream is not None and self._registered is None:
+            places = self._decoder.places
+            refused = int(torch.cuda.cudart().cudaHostRegister(places.data_ptr(), places.nbytes, 0))
+            self._registered = 0 if refused else places.data_ptr()
+            if refused:
+                with contextlib.suppress(RuntimeError):  # the next kernel is told of it
+                    torch.ones((), device=self.world.device)
+
     def _normalise(self, pixels: Tensor, out: Tensor) -> None:
         """uint8 pixels (n, h, w, 3) to the device, as float with zero mean and unit deviation into `out`."""
         if out.is_cuda and not pixels.is_cuda:
-            # The pinned copy outlives the place, which the next task may take.
-            pixels = pixels.pin_memory().to(out.device, non_blocking=True)
+            pinned = pixels if self._registered else pixels.pin_memory()
+            pixels = pinned.to(out.device, non_blocking=True)
         rows = out.view(-1, len(self._mean))
         rows.copy_(pixels.to(out.device).view_as(rows)).sub_(self._mean).div_(self._std)
 

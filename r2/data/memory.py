@@ -4,14 +4,13 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from r2.config import Count, UserError, first_line
-from r2.data.batches import Data, mix
+from r2.data.batches import Data, mix, unawaited
 from r2.dist import World
 
 
@@ -56,16 +55,17 @@ class Memory(Data):
     def _contents(self) -> Iterator[np.ndarray]:
         yield from (tensor.cpu().numpy() for split in (self._train, self._val) for tensor in split)
 
-    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(
+        self, indices: Tensor, size: int, seed: int, epoch: int, train: bool | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._val if train is False else self._train
-        for indices in batches:
-            indices = indices.to(self.world.device)
+        for batch in unawaited(indices, self.world.device).split(size):
             if train and self.augment:
-                x = self._crop(indices, seed, epoch)
+                x = self._crop(batch, seed, epoch)
             else:
-                x = images[indices]
+                x = images[batch]
             x = (x.float() / 255 - self.mean) / self.std
-            yield x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), labels[indices]
+            yield x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), labels[batch]
 
     def _crop(self, indices: Tensor, seed: int, epoch: int) -> Tensor:
         """A random shift of each image and, where it makes sense, its mirror; drawn per image and epoch."""
@@ -73,7 +73,7 @@ class Memory(Data):
         if getattr(self, "_drawn", None) != (seed, epoch):
             generator = torch.Generator().manual_seed(mix(seed, epoch, 2))
             draw = torch.randint(0, shifts * shifts * 2, (self.train_images,), generator=generator)
-            self._draw, self._drawn = draw.to(self.world.device), (seed, epoch)
+            self._draw, self._drawn = unawaited(draw, self.world.device), (seed, epoch)
         draw = self._draw[indices]
         size = torch.arange(self.image_size, device=draw.device)
         rows = (draw // 2 % shifts)[:, None] + size

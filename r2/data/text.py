@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r2.config import Count, UserError, first_line
-from r2.data.batches import Data
+from r2.data.batches import Data, unawaited
 from r2.dist import World
 from r2.hub import fetch, need_extra
 from r2.models import Inputs
@@ -57,22 +57,24 @@ class Text(Data):
         for pairs in (self._train, self._val):
             yield from (t.cpu().numpy() for t in (pairs.tokens, pairs.segments, pairs.lengths, pairs.labels))
 
-    def _batches(self, batches: Any, seed: int, epoch: int, train: bool | None) -> Iterator[tuple[Inputs, Tensor]]:
+    def _batches(
+        self, indices: Tensor, size: int, seed: int, epoch: int, train: bool | None
+    ) -> Iterator[tuple[Inputs, Tensor]]:
         pairs = self._val if train is False else self._train
-        for indices in batches:
-            lengths = pairs.lengths[indices]
-            # One column of padding stays, because MobileBERT reads each token together with the next one: so a pair's
-            # logits do not depend on the others of its batch.
-            width = min(int(lengths.max()) + 1, self.max_length) if len(lengths) else 1
-            there = torch.arange(width) < lengths[:, None]
-            indices = indices.to(self.world.device)
+        device, known = self.world.device, pairs.lengths[indices]
+        # One column of padding stays, because MobileBERT reads each token together with the next one: so a pair's
+        # logits do not depend on the others of its batch.
+        widths = [min(max(part.tolist(), default=0) + 1, self.max_length) for part in known.split(size)]
+        parts = (unawaited(tensor, device).split(size) for tensor in (known, indices))
+        for width, lengths, batch in zip(widths, *parts, strict=True):
+            there = torch.arange(width, device=device) < lengths[:, None]
             yield (
                 {
-                    "input_ids": pairs.tokens[indices, :width].long(),
-                    "attention_mask": there.long().to(self.world.device),
-                    "token_type_ids": pairs.segments[indices, :width].long(),
+                    "input_ids": pairs.tokens[batch, :width].long(),
+                    "attention_mask": there.long(),
+                    "token_type_ids": pairs.segments[batch, :width].long(),
                 },
-                pairs.labels[indices],
+                pairs.labels[batch],
             )
 
 

@@ -50,22 +50,7 @@ class Kurtosis(Regularizer):
 
     def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, Tensor]:
         n = take(self._sizes, [self._at[key] for key in zip(at.layers, at.columns, strict=True)])
-        mean, raw2, raw3, raw4 = (measured.to(n.dtype) / n[:, None]).unbind(1)
-        m2 = (raw2 - mean**2).clamp(min=0)
-        m3 = raw3 - 3 * mean * raw2 + 2 * mean**3
-        m4 = raw4 - 4 * mean * raw3 + 6 * mean**2 * raw2 - 3 * mean**4
-        bessel = n / (n - 1).clamp(min=1)
-        variance = m2 * bessel
-        valid = variance > 1e-20
-        inverse = torch.where(valid, variance, 1.0).rsqrt()
-        kurt = m4 * inverse**4
-        outer = torch.where(valid, 2 * (kurt - self.target), 0.0) * self.scale()
-        factor = outer * 4 / n * inverse
-        skew = m3 * inverse**3
-        # factor (z^3 - mean z^3 - z k n / (n - 1)), z = (w - mean) inverse
-        coefficients = torch.stack([mean, inverse, factor, -factor * kurt * bessel, -factor * skew], 1)
-        terms = torch.where(valid, (kurt - self.target) ** 2, 0.0)
-        return terms.to(measured.dtype), coefficients.to(measured.dtype)
+        return _solved(measured, n, self.target, self.scale())
 
     def pull(self, w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
         _kurtosis_gradient(w, grad, coefficients)
@@ -76,6 +61,26 @@ def _moments(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w = wide(w)
     square = w * w
     return w.sum(), square.sum(), (square * w).sum(), (square * square).sum()
+
+
+@fused
+def _solved(measured: Tensor, n: Tensor, target: float, scale: float) -> tuple[Tensor, Tensor]:
+    mean, raw2, raw3, raw4 = (measured.to(n.dtype) / n[:, None]).unbind(1)
+    m2 = (raw2 - mean**2).clamp(min=0)
+    m3 = raw3 - 3 * mean * raw2 + 2 * mean**3
+    m4 = raw4 - 4 * mean * raw3 + 6 * mean**2 * raw2 - 3 * mean**4
+    bessel = n / (n - 1).clamp(min=1)
+    variance = m2 * bessel
+    valid = variance > 1e-20
+    inverse = torch.where(valid, variance, 1.0).rsqrt()
+    kurt = m4 * inverse**4
+    outer = torch.where(valid, 2 * (kurt - target), 0.0) * scale
+    factor = outer * 4 / n * inverse
+    skew = m3 * inverse**3
+    # factor (z^3 - mean z^3 - z k n / (n - 1)), z = (w - mean) inverse
+    coefficients = torch.stack([mean, inverse, factor, -factor * kurt * bessel, -factor * skew], 1)
+    terms = torch.where(valid, (kurt - target) ** 2, 0.0)
+    return terms.to(measured.dtype), coefficients.to(measured.dtype)
 
 
 @fused

@@ -156,21 +156,14 @@ class SoftMinMax(Regularizer):
         return _soft_sums(w, self.temperature.detach()[layer])
 
     def solve(self, measured: Tensor, at: Columns) -> tuple[Tensor, Tensor]:
-        zp, p1, p2, zq, q1, q2, top, bottom = measured.unbind(1)
         alpha = take(self.temperature.detach(), at.layers)
-        s_max, s_min = p1 / zp, q1 / zq
-        coefficients = torch.stack(
-            [alpha, top, bottom,
-             self.weight * (1 - alpha * s_max) / zp, self.weight * alpha / zp,
-             self.weight * (1 + alpha * s_min) / zq, self.weight * alpha / zq], 1
-        )  # fmt: skip
-        spread = (p2 / zp - s_max**2) + (q2 / zq - s_min**2)
+        distance, spread, coefficients = _solved(measured, alpha, self.weight)
         once = torch.exp(-alpha)
         if self.dim > 1:  # a layer's columns share its temperature, whose own term counts once
             once = torch.stack([value * (column == 0) for value, column in zip(once, at.columns, strict=True)])
         assert self.temperature.grad is not None
         add_at(self.temperature.grad, at.layers, self.weight * (spread - once))
-        return s_max - s_min + once, coefficients
+        return distance + once, coefficients
 
     def pull(self, w: Tensor, grad: Tensor, coefficients: Tensor) -> None:
         _soft_gradient(w, grad, coefficients)
@@ -189,6 +182,17 @@ def _soft_sums(w: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
     p, q = torch.exp(alpha * (w - top)), torch.exp(alpha * (bottom - w))
     pw, qw = p * w, q * w
     return p.sum(), pw.sum(), (pw * w).sum(), q.sum(), qw.sum(), (qw * w).sum(), top, bottom
+
+
+@fused
+def _solved(measured: Tensor, alpha: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    zp, p1, p2, zq, q1, q2, top, bottom = measured.unbind(1)
+    s_max, s_min = p1 / zp, q1 / zq
+    coefficients = torch.stack(
+        [alpha, top, bottom,
+         scale * (1 - alpha * s_max) / zp, scale * alpha / zp, scale * (1 + alpha * s_min) / zq, scale * alpha / zq], 1
+    )  # fmt: skip
+    return s_max - s_min, (p2 / zp - s_max**2) + (q2 / zq - s_min**2), coefficients
 
 
 @fused

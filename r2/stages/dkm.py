@@ -58,7 +58,7 @@ class DKM(Stage):
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
     ) -> tuple[nn.Module, Outcome]:
         recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
-        if recipe.sync_bn:
+        if recipe.syncs_batchnorm(run.world.size):
             model = sync_batchnorm(model, run.world)
         began = time.monotonic()
         self.cluster(model, run.seed)

@@ -35,7 +35,7 @@ from r2.stages.constants import fold_constants
 from r2.stages.graph import equalizable, places
 from r2.stages.stage import Stage
 from r2.store import Run
-from r2.training.loop import evaluate
+from r2.training.loop import allow_tf32, evaluate
 from r2.zoo.modular import modular
 
 
@@ -310,6 +310,7 @@ def apart(function: Callable[..., dict], model: nn.Module, batches: list[Tensor]
 
 def _apart(payload: bytes) -> bytes:
     end_with_parent()
+    allow_tf32(False)
     function, model, batches, device, arguments = pickle.loads(payload)
     done = function(model.to(device), [x.to(device) for x in batches], *arguments)
     done["model"].cpu()

@@ -118,7 +118,7 @@ class QAT(Stage):
         name = type(self).__name__.lower()
         if not self.from_scratch:
             recipe = finetuning(recipe, self.epochs, self.batch_size, self.lr, self.weight_decay, self.clip_norm)
-        if recipe.sync_bn:
+        if recipe.syncs_batchnorm(run.world.size):
             model = sync_batchnorm(model, run.world)
         began = time.monotonic()
         layers = self.prepare(model)

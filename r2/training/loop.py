@@ -1,7 +1,7 @@
 """The training loop and evaluation. Pretraining and every fine-tuning stage use them."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -78,8 +78,7 @@ def train(
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group.setdefault("initial_lr", group["lr"])
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16" and device.type == "cuda")
-    every = 1 if device.type == "cpu" and world.size == 1 else 10
-    upkeep = resume.Upkeep(run, phase, keys, data, steps, every, model, optimizers, scaler, regularizer)
+    upkeep = resume.Upkeep(run, phase, keys, data, steps, looks_every(world), model, optimizers, scaler, regularizer)
     position, sums = upkeep.position, upkeep.sums
     net = world.parallel(model)
     forward = torch.compile(net) if recipe.compile else fast_on_small_maps(net, device)
@@ -88,7 +87,7 @@ def train(
     autocast = _autocast(recipe, device)
     choose_convolutions(recipe, device)
 
-    with upkeep.watch(), Phase(phase, total, upkeep.step, world.main) as bar:
+    with upkeep.watch(), tf32(uses_tf32(recipe, device)), Phase(phase, total, upkeep.step, world.main) as bar:
         while position.epoch < recipe.epochs:
             if position.step == 0 and before_epoch:
                 before_epoch(position.epoch)
@@ -106,11 +105,11 @@ def train(
                 if before_update:
                     before_update()
                 penalty = regularizer.add_gradients() if regularizer is not None else None
-                upkeep.check_loss(loss if penalty is None else loss + penalty)
-                _update(optimizers, scaler, recipe.clip_norm)
                 sums.add(seen, penalty)
-                if bar.due():
+                upkeep.check_loss(loss if penalty is None else loss + penalty)
+                if upkeep.due and bar.due():  # the device has nothing left to do that the bar would wait for
                     bar.update(upkeep.step + 1, _running(upkeep, recipe, factor * recipe.lr))
+                _update(optimizers, scaler, recipe.clip_norm)
                 upkeep.after_step()
             row = _epoch_row(phase, upkeep, data, recipe)
             bar.epoch(_line(row, recipe.epochs))
@@ -119,12 +118,38 @@ def train(
     return Trained(round(seconds, 2), round(total * recipe.batch_size / seconds, 1), summary(position.rows))
 
 
+def looks_every(world: World) -> int:
+    """Steps between two looks at the device, which wait for it; alone on a CPU there is nothing to wait for."""
+    return 1 if world.device.type == "cpu" and world.size == 1 else 10
+
+
 def choose_convolutions(recipe: Recipe, device: torch.device) -> None:
     """Let cuDNN time its algorithms for each shape, in bf16 and fp16.
 
     In float32 it uses its heuristics, which are the same in every process, so a resumed run rounds as before.
     """
     torch.backends.cudnn.benchmark = device.type == "cuda" and recipe.precision != "fp32"
+
+
+def uses_tf32(recipe: Recipe, device: torch.device) -> bool:
+    """Whether training may: where most products are in 16 bits anyway."""
+    return device.type == "cuda" and recipe.precision != "fp32"
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may keep 10 bits of the factors of a float32 product, in matrix products and convolutions."""
+    # PyTorch's newer names make its compiler's questions about the older ones fail.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _begin_step(optimizers: list[Optimizer], factor: float) -> None:
@@ -259,16 +284,17 @@ def _running(upkeep: resume.Upkeep, recipe: Recipe, lr: float) -> str:
     )
 
 
-@torch.no_grad()
 def best(logits: Tensor) -> Tensor:
     """The five best classes (n, 5), as torch.topk orders them: logits of 8 bits are often equal."""
     return logits.topk(min(5, logits.shape[1]), 1).indices
 
 
+@torch.no_grad()
+@tf32(False)
 def evaluate(model: nn.Module, data: Data, world: World, recipe: Recipe) -> dict[str, float]:
     """Top-1 and top-5 in percent, and mean cross-entropy, over the validation images, each counted once.
 
-    In float32, whatever the recipe's precision, as the packed file is read: autocast moves values off their grids.
+    In IEEE float32, whatever the recipe's precision, as the packed file is read: autocast moves values off their grids.
     """
     world.broadcast_buffers(model)
     model.eval()

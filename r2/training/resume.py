@@ -180,7 +180,8 @@ class Upkeep:
         return self.position.epoch * self.steps + self.position.step
 
     @property
-    def _due(self) -> bool:
+    def due(self) -> bool:
+        """Whether this step looks at the device."""
         at = self.position.step
         return at % self.every == self.every - 1 or at == self.steps - 1
 
@@ -195,7 +196,7 @@ class Upkeep:
             Diverged: this loss or one since the last look is not finite.
         """
         self._losses.append(loss)
-        if not self._due:
+        if not self.due:
             return
         bad = (~torch.isfinite(torch.stack(self._losses))).to(torch.float32)
         if self.run.world.all_reduce(bad).any():
@@ -215,7 +216,7 @@ class Upkeep:
         Raises:
             SystemExit: a signal came; a checkpoint is written.
         """
-        due = self._due
+        due = self.due
         self.position.step += 1
         if not due:
             return
