@@ -102,7 +102,7 @@ def comparison(records: Sequence[Mapping[str, Any]]) -> None:
     for i in differ:
         table.add_column(names[i], no_wrap=True)
     for name in columns:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for kept, row in rows.items():
         table.add_row(*(str(kept[i]) for i in differ), *(row.get(name, "-") for name in columns))
     console.print(table)

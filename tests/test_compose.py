@@ -63,7 +63,7 @@ def test_keys_in_braces_come_back(bits):
 
 def test_a_home_directory_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/a (b)")
-    assert compose.words_of(["out=~/runs", "-m", "a=b~"]) == ["out='/home/a (b)/runs'", "-m", "a=b~"]
+    assert compose.words_of(["out=~/runs", "-m", "a=b~"]) == ["-m", "out='/home/a (b)/runs'", "a=b~"]
 
 
 def test_folders_of_any_name_and_the_record_s_command_finds_its_run(r2, tmp_path):

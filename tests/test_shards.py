@@ -405,11 +405,11 @@ def test_dali_on_the_gpu(shards):
 
 
 def test_without_dali(shards, monkeypatch):
-    from r2.data.dali import DALIShards
+    from r2.data.dali import imagenet_dali
 
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r"pip install 'r2\[dali\]'"):
-        next(DALIShards(str(shards), 3, SIZE, STORED, 0, "error", 4).to(World()).train(8, 0, 0))
+        imagenet_dali(str(shards))
 
 
 @pytest.mark.parametrize("option", ["--per-shard", "--size"])
