@@ -365,3 +365,26 @@ def test_layers_take_the_arguments_that_pytorchs_do(method):
     assert set(report.compressed) == {"down", "up"} and not report.left_out
     assert model(IMAGES).shape == IMAGES.shape
     assert model.up(torch.randn(1, 4, 5, 5), [10, 10]).shape == (1, 3, 10, 10)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_two_forwards_of_one_step_have_the_gradients_of_both(method):
+    """As in contrastive losses: what DKM's first forward changes, its centroids, must not spoil the backward of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 5))
+    r2.compress(model, method, IMAGES, **SETTINGS[method])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    other = torch.randn(4, 3, 8, 8)
+
+    def gradients(*passes):
+        """Of the passes' losses, each backward at once, or with all in one tuple after the last forward."""
+        model.load_state_dict(state)
+        model.zero_grad()
+        for batches in passes:
+            sum(model(batch).square().mean() for batch in batches).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    together, apart = gradients((IMAGES, other)), gradients((IMAGES,), (other,))
+    assert len(together) > 6 if method != "dkm" else len(together) == 6
+    for one, two in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
