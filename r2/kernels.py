@@ -26,7 +26,7 @@ class fused:
     (used to check formulas), inside a graph that is to be differentiated again, and while torch.export records it.
     """
 
-    at_least = 4096  # elements of the first argument from which a kernel pays on a CPU
+    at_least = 256  # elements of the first argument from which a kernel pays on a CPU
 
     def __init__(self, function: Callable):
         self.plain = function
@@ -41,11 +41,10 @@ class fused:
         short = first.numel() < self.at_least and first.device.type != "cuda"  # where a launch costs the same for any
         if short or first.dtype == torch.float64 or torch.is_grad_enabled():
             return self.plain(first, *rest)
-        # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
-        args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in (first, *rest))
         # a kernel reads memory, which a fake tensor does not have, and is not seen by make_fx
-        if type(args[0]) is not torch.Tensor or get_proxy_mode() is not None:
+        if type(first.data) is not torch.Tensor or get_proxy_mode() is not None:
             return self.plain(first, *rest)
+        args = (first, *rest)
         kind = (
             first.device, torch.get_num_threads(), torch.is_autocast_enabled(first.device.type),
             *[(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args],
@@ -57,6 +56,8 @@ class fused:
     def _kernel(self, args: tuple) -> Callable:
         """One that is right for these arguments. What torch.compile returns would look for it anew at every call, which
         takes longer than most kernels."""
+        # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
+        args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in args)
         for kernel in self._compiled:
             if kernel.guard_check(*args):
                 return kernel
@@ -78,7 +79,9 @@ class fused:
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """All elements: in memory order and without a copy if `dense`, else a copy in logical order."""
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1).reshape(-1)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # a compiler does not fuse across as_strided
+            return tensor.permute(0, 2, 3, 1).reshape(-1)
+        return tensor.as_strided((tensor.numel(),), (1,))
     return tensor.reshape(-1)
 
 
@@ -90,8 +93,10 @@ def dense(tensor: torch.Tensor) -> bool:
 def unflat(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The inverse of `flat`: `values` in the shape and memory format of `like`."""
     if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        n, c, h, w = like.shape
-        return values.view(n, h, w, c).permute(0, 3, 1, 2)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            n, c, h, w = like.shape
+            return values.view(n, h, w, c).permute(0, 3, 1, 2)
+        return values.as_strided(like.shape, like.stride())
     return values.view(like.shape)
 
 

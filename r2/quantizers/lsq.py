@@ -43,18 +43,23 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, step, signed, half, top, scale):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, step, signed, half, top, scale)
-        return unflat(_round(_rows(x, step), step.view(-1, 1), signed, half, top).view(-1), x)
+        return unflat(_round(_rows(x, step), _column(step), signed, half, top), x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, step, *others = ctx.saved_tensors
-        gx, gs = _gradients(_rows(x, step), _rows(matching(grad, x), step), step.view(-1, 1), *others)
-        return unflat(gx.view(-1), x), gs.view_as(step), None, None, None, None
+        gx, gs = _gradients(_rows(x, step), _rows(matching(grad, x), step), _column(step), *others)
+        return unflat(gx, x), gs if step.ndim == 0 else gs.view_as(step), None, None, None, None
 
 
 def _rows(x: Tensor, step: Tensor) -> Tensor:
-    """(steps, elements that share one), in memory order: a weight's output channels come first in both formats."""
-    return flat(x).view(step.numel(), -1)
+    """In memory order, (n,) or (steps, elements that share one): output channels come first in both formats."""
+    return flat(x) if step.ndim == 0 else flat(x).view(step.numel(), -1)
+
+
+def _column(step: Tensor) -> Tensor:
+    """Beside the rows."""
+    return step if step.ndim == 0 else step.view(-1, 1)
 
 
 def _positive(step: Tensor) -> Tensor:
@@ -77,10 +82,10 @@ def _gradients(
     z = x / _positive(step).to(x.dtype)
     inside = (z >= low) & (z <= high)
     slope = torch.where(inside, torch.round(z) - z, torch.where(z < low, low, high).to(z.dtype))
-    scale = (x.shape[1] * high).rsqrt() if scale is None else scale
+    scale = (x.shape[-1] * high).rsqrt() if scale is None else scale
     # the sign of a step that went through zero; none where its size is held at the least
     side = torch.where(step.abs() >= 1e-8, step.sign(), 0.0)
-    return torch.where(inside, grad, 0.0), ((grad * slope).sum(1, keepdim=True) * scale).to(step.dtype) * side
+    return torch.where(inside, grad, 0.0), ((grad * slope).sum(-1, keepdim=x.ndim > 1) * scale).to(step.dtype) * side
 
 
 @torch.no_grad()
@@ -102,11 +107,11 @@ def bound_updates(optimizer: torch.optim.Optimizer, steps: Sequence[nn.Parameter
     Bounded gradients alone do not stop a step that shrinks: its bound shrinks too, and cannot turn the momentum of the
     time when it was larger, which carries it through zero.
     """
-    before: list[Tensor] = []
+    before = [step.detach().clone() for step in steps]
 
     @torch.no_grad()
     def keep(*_: Any) -> None:
-        before[:] = [step.detach().clone() for step in steps]
+        torch._foreach_copy_(before, list(steps))
 
     @torch.no_grad()
     def bound(*_: Any) -> None:
@@ -237,6 +242,6 @@ class LSQ(Quantizer):
 
 
 def _first_step(x: Tensor, quant_max: Tensor) -> Tensor:
-    """(steps,) of the rows of x."""
-    size = x.abs().mean(1)
+    """One for each row of x."""
+    size = x.abs().mean(-1)
     return 2 * torch.where(size > 0, size, torch.ones_like(size)) / quant_max.sqrt()
