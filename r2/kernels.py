@@ -76,6 +76,12 @@ class fused:
         return kernel
 
 
+def exactly(kernel: fused, like: torch.Tensor) -> Callable:
+    """`kernel` where its result is PyTorch's to the last bit, as that of `decode` is: not in 16 bits, whose roundings
+    between operations a compiled kernel leaves out."""
+    return kernel if like.dtype in (torch.float32, torch.float64) else kernel.plain
+
+
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """All elements: in memory order and without a copy if `dense`, else a copy in logical order."""
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):

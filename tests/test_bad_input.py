@@ -93,6 +93,17 @@ def test_odd_weights_are_quantized_and_trained_without_a_division_by_zero(method
         assert all(np.isfinite(list(signal_to_noise(conv, x).values()))), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_packed_weight_is_the_one_that_training_computes_in_any_type(method, dtype):
+    """Large enough for compiled kernels, which keep 16-bit values in float32 between operations."""
+    weight = 0.05 * torch.randn(64, 32, 3, 3, generator=torch.Generator().manual_seed(0))
+    conv, _ = layer(weight, method, 4, dtype)
+    with torch.no_grad():
+        quantized = conv.eval().quantizer.weight(conv.weight)
+    assert torch.equal(conv.quantizer.decode(conv.quantizer.encode(conv.weight), conv.weight), quantized)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_weight_that_is_not_finite_is_named(method, value):

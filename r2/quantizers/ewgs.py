@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from r2.kernels import flat, fused, matching, unflat
+from r2.kernels import exactly, flat, fused, matching, unflat
 from r2.quantizers.calibration import output_ratio, values
 from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid
 
@@ -55,7 +55,7 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, lower, upper, levels, delta, scale):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(w, lower, upper, levels, delta, scale)
-        return unflat(_weights(flat(w), lower, upper, levels, scale), w)
+        return unflat(exactly(_weights, w)(flat(w), lower, upper, levels, scale), w)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -191,7 +191,8 @@ class EWGS(Quantizer):
 
     @torch.no_grad()
     def encode(self, w: Tensor) -> Tensor:
-        q = quantize(w, self.weight_lower, self.weight_upper, self.weight_bits)
+        levels, unsigned = self.weight_levels.to(w.dtype), w.new_zeros(())
+        q = unflat(exactly(_inputs, w)(flat(w), self.weight_lower, self.weight_upper, levels, unsigned), w)
         return torch.round(q.reshape(-1) * (2**self.weight_bits - 1)).to(torch.int32)
 
     def decode(self, codes: Tensor, like: Tensor) -> Tensor:

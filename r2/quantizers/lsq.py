@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import UserError
-from r2.kernels import flat, fused, matching, unflat
+from r2.kernels import exactly, flat, fused, matching, unflat
 from r2.quantizers.calibration import best_clip, values
 from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid
 
@@ -43,7 +43,7 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, step, signed, half, top, scale):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, step, signed, half, top, scale)
-        return unflat(_round(_rows(x, step), _column(step), signed, half, top), x)
+        return unflat(exactly(_round, x)(_rows(x, step), _column(step), signed, half, top), x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from r2.config import UserError
-from r2.kernels import argmax_abs, flat, fused, matching, unflat
+from r2.kernels import argmax_abs, exactly, flat, fused, matching, unflat
 from r2.quantizers.calibration import best_clip, output_ratio, values
 from r2.quantizers.layers import ActivationGrid, Operation, Quantizer, WeightGrid
 
@@ -91,7 +91,7 @@ class _DoReFa(torch.autograd.Function):
             ctx.save_for_backward(scale)
             return unflat(torch.where(values >= 0, 1.0, -1.0).to(w.dtype) * values.abs().mean() * scale, w)
         levels = torch.full((), 2.0**bits - 1, dtype=w.dtype, device=w.device)
-        quantized, largest = _dorefa(values, levels, scale)
+        quantized, largest = exactly(_dorefa, w)(values, levels, scale)
         ctx.save_for_backward(w, largest, scale)
         return unflat(quantized, w)
 
