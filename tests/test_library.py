@@ -388,3 +388,30 @@ def test_two_forwards_of_one_step_have_the_gradients_of_both(method):
     assert len(together) > 6 if method != "dkm" else len(together) == 6
     for one, two in zip(together, apart, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ewgs", "lsq", "pact"])
+def test_silenced_channels_neither_stop_nor_blow_up_a_2_bit_training(method):
+    """Without variance BatchNorm multiplies a gradient by 1 / sqrt(eps) = 316, layer after layer."""
+    torch.manual_seed(0)
+    blocks = [[nn.Conv2d(8 if i else 3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()] for i in range(8)]
+    model = nn.Sequential(*(module for block in blocks for module in block), nn.Flatten(), nn.Linear(512, 5))
+    for conv, _, _ in blocks:
+        conv.weight.data[2:5] = 0.0
+    images, labels = torch.randn(32, 3, 8, 8), torch.randint(0, 5, (32,))
+    r2.compress(model, method, images, bits=2)
+    before = [conv.weight.detach().clone() for conv, _, _ in blocks]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the stages' clip_norm
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert losses[-1] < losses[0]
+    assert all(
+        (conv.weight[[0, 1, 5, 6, 7]] != w[[0, 1, 5, 6, 7]]).any() for (conv, *_), w in zip(blocks, before, strict=True)
+    )
