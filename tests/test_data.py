@@ -372,7 +372,10 @@ class LateStream:
 @pytest.mark.parametrize("workers, refused", [(0, 0), (2, 0), (0, 1)])
 def test_a_gpu_reads_the_workers_memory_before_it_is_written_again(tmp_path, monkeypatch, workers, refused):
     folder(tmp_path, classes=2, images=200)
-    make = lambda: Folder(str(tmp_path), 2, 32, workers, "error", 4).to(World())  # noqa: E731
+
+    def make():
+        return Folder(str(tmp_path), 2, 32, workers, "error", 4).to(World())
+
     with contextlib.closing(make()) as data:
         expected = [list(data.train(20, seed=0, epoch=epoch)) for epoch in (0, 1)]
 

@@ -5,6 +5,7 @@ Validation and calibration images are read by `imagenet_shards` and are identica
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ def imagenet_dali(
 ) -> Data:
     """ImageNet-1k in shards, decoded by DALI; `workers` is also DALI's number of threads."""
     try:
-        import nvidia.dali  # noqa: F401  # at once, before any training
+        import_module("nvidia.dali")  # at once, before any training
     except ImportError as error:
         raise UserError(f"data=imagenet_dali: DALI is not installed ({error}); pip install 'r2[dali]'") from None
     return DALIShards(root, 1000, image_size, stored_size, workers, "error", calibration_images)

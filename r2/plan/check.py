@@ -116,7 +116,7 @@ def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[s
         say(f"devices: {cost.count(size, 'GPU')} of another machine; data, disk and compiler are not looked at here")
     elif size:
         say(f"devices: {size} x {_device_name(world.device)}")
-    trains = not size or tell(_training(cell, world, elsewhere))
+    batches_fit = not size or tell(_training(cell, world, elsewhere))
     if not elsewhere:
         tell(_data(cell, world))
         tell(_disk(config))
@@ -124,7 +124,7 @@ def _look(cell: Cell, given: Given | None, say: Callable[[str], None]) -> list[s
     fits = tell(_fits(config))
     tell(_weights(config))
     tell(_progress(cell))
-    if size and fits and trains:
+    if size and fits and batches_fit:
         tell(_time(cell, given))
     return problems
 
