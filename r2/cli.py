@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -51,6 +52,13 @@ def refusals() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def _unread() -> bool:
+    """Whether it is our output that nobody reads; a run has other pipes, whose end is a failure."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return bool(output.poll(0))
+
+
 def _reader_gone() -> SystemExit:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
     return SystemExit(0)
@@ -86,14 +94,14 @@ def main(start: Callable[[dict], Any], ready: Callable[[list[dict]], None], comp
             if configs:
                 print(f"r2: {context.job.num + 1} of {len(configs)}", flush=True)
             return start(resolve(cfg, context))
-        except BrokenPipeError:
-            raise _reader_gone() from None  # Hydra would print an exception
         except (UserError, OmegaConfBaseException) as error:
             failures.append(f"{words} ({refuse(error)})")
             if context.mode == RunMode.RUN:
                 raise SystemExit(2) from None
             raise JobRefused from error
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _unread():
+                raise _reader_gone() from None  # Hydra would print an exception
             traceback.print_exc()  # at once: a sweep would show it only at its end
             failures.append(f"{words} ({type(error).__name__}, see above)")
             raise JobFailed from error

@@ -264,3 +264,13 @@ def test_missing_data_is_met_once_and_leaves_nothing(words, tmp_path):
     done = forked.call([*words, "data=imagenet", f"data.root={tmp_path / 'none'}", "out=out"], tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "data.root=" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_of_the_run_s_own_that_breaks_is_a_failure(tmp_path):
+    code = (
+        "import sys, r2.run; from r2 import cli\n"
+        "def start(config): raise BrokenPipeError('of a worker')\n"
+        "sys.argv[1:] = ['data=fake']; cli.main(start, r2.run.ready, r2.run.compare)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 1 and "of a worker" in done.stderr
