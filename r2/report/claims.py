@@ -266,21 +266,26 @@ def heading(key: Protocol, weight: str) -> str:
     return key.label + (f"; R2 with a weight of {weight}" if weight else "")
 
 
+_DEFINITIONS = f"""# The paper's claims
+
+- **Effect**: in points of top-1, in dB of the mean SQNR of 4-bit rounding over layers, or in the mean over layers of
+  log(max|w| / std), the crest. It is positive in the direction that the claim names; where it names none, it is the
+  first regularizer or stage minus the other. Models are averaged.
+- **R2**: the mean over the regularizers of the paper's table, L-inf and margin, for PACT, LSQ and DKM also
+  soft-min-max, unless the claim names them.
+- **Paper's effect**: over the paper's networks. It gives one number per cell, so there is no interval.
+- **Interval**: Welch's, with Satterthwaite's degrees of freedom. Regularizers are independent samples over seeds.
+- **Verdict**: *holds* or *does not hold* when p, adjusted by Holm over the claims of one table, is below {ALPHA:g},
+  else *undecided*. {TOLERANCE:g} point counts as no loss and as no difference. The number of seeds that would decide
+  a claim assumes this effect and this spread.
+- **Seeds**: of the regularizer with the fewest. A comparison of two stages takes the seeds that have both.
+
+[report.html](report.html) has the command of every run, and `tables.csv` in each data set's folder one row per seed.
+"""
+
+
 def markdown(records: Iterable[Record]) -> str:
-    parts = [
-        "# The paper's claims\n\nEffects are points of top-1 unless a unit is given: dB of the mean SQNR of 4-bit "
-        "rounding over layers, or the mean over layers\nof log(max|w| / std), the crest. Regularizers are independent "
-        "samples over seeds; intervals are Welch's with Satterthwaite's degrees\nof freedom, models are averaged. A "
-        f"claim *holds* or *does not hold* when p, adjusted by Holm over the claims of one table, is below {ALPHA:g}"
-        f"\n({TOLERANCE:g} point counts as no loss and as no difference), else it is *undecided*; the number of seeds "
-        "that would decide it assumes this effect\nand this spread. The paper gives one number per cell, so its "
-        "effects have no interval; they are averages over its networks.\n\n"
-        "R2 is the mean over the regularizers of the paper's table: L-inf and margin, for PACT, LSQ and DKM also "
-        "soft-min-max, unless\nthe claim names them. Seeds are those of the regularizer with the fewest. A comparison "
-        "of two stages takes the seeds that have both.\n\n"
-        "[report.html](report.html) has the command of every run, and `tables.csv` in each data set's folder "
-        "one row per seed.\n"
-    ]
+    parts = [_DEFINITIONS]
     listed = list(records)
     main, of_studies = main_study(listed), findings(listed)
     for key in sorted(of_studies, key=lambda key: key != main):

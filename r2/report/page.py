@@ -176,16 +176,22 @@ def block(records: list[Record]) -> str:
             [c.text, *_effects(c, f), "< 0.001" if f.p < 0.001 else f"{f.p:.3f}", str(f.seeds), f.verdict]
             for c, f in found
         ]
+        decided = [row for row in judged if row[-1] != "undecided"]
+        undecided = [row for row in judged if row[-1] == "undecided"]
+        hold = sum(row[-1] == "holds" for row in judged)
+        header = ["Claim", "Paper", "Here", "p", "Seeds", "Verdict"]
         parts.append(
-            "The paper's claims and, with no number of the paper, ours, tested here. Effects are points of top-1, dB "
-            "of SQNR, or the log of the crest max|w| / std. They are positive in the direction that the claim names; "
-            "where it names none, they are the first regularizer or stage minus the other. A difference of 1 point "
-            "counts as no loss and as no difference. R2 is the mean of L-inf and margin, for PACT, LSQ and DKM also of "
-            "soft-min-max. A claim is decided where p, adjusted for the number of claims, is below 0.05. Seeds are "
-            "those of the regularizer with the fewest "
-            "([intervals](results/claims.md)):\n"
+            f"Of {len(judged)} claims {hold} hold, {len(decided) - hold} do not and {len(undecided)} are undecided: "
+            "the paper's, and ours, for which it gives no number. An effect is in points of top-1, dB of SQNR or the "
+            "log of the crest max|w| / std, positive in the direction that the claim names. R2 is the mean of L-inf "
+            "and margin, for PACT, LSQ and DKM also of soft-min-max. One point counts as no difference, and p is "
+            "adjusted for the number of claims ([intervals and definitions](results/claims.md)).\n"
         )
-        parts.append(tables.markdown_grid([["Claim", "Paper", "Here", "p", "Seeds", "Verdict"], *judged]))
+        parts.append(tables.markdown_grid([header, *decided]))
+        if undecided:
+            parts.append(f"<details><summary>{len(undecided)} undecided</summary>\n")
+            parts.append(tables.markdown_grid([header, *undecided]))
+            parts.append("</details>")
     return "\n".join(parts)
 
 
