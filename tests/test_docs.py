@@ -1,6 +1,7 @@
 """What the pages under docs/ print works."""
 
 import ast
+import contextlib
 import importlib.util
 import os
 import re
@@ -11,6 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import HydraException
+
+from r2 import compose
+from r2.config import UserError
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = re.split(r"^## ", (ROOT / "docs" / "extending.md").read_text(), flags=re.MULTILINE)[1:]
@@ -122,3 +127,17 @@ def test_the_readme_s_claims_about_the_first_command_are_those_of_its_table():
         assert len(found) == 10
         at = {"full precision": "in full precision", "2 bits": "at 2 bits"}[row]
         assert f"{min(found)} to {max(found)} % {at}" in readme
+
+
+def test_the_page_on_the_paper_gives_the_key_of_every_default_and_a_value_that_is_accepted():
+    text = (ROOT / "docs" / "paper.md").read_text().split("## Defaults that differ")[1].split("\n\n")[1]
+    keys = [line.split("|")[-2].strip(" `") for line in text.splitlines()[2:]]
+    assert len(keys) > 10 and keys.pop() == "-"
+    for key in keys:
+        stages = ["none", "ewgs", "lsq", "pact", "dkm"] if key.startswith("stage.") else ["ewgs"]
+        accepted = []
+        for stage in stages:
+            words = ["data=fashion_mnist", "model=mbv2", f"stage={stage}"]
+            with contextlib.suppress(UserError, HydraException):
+                accepted += [compose.check_sweep([*words, key]) != compose.check_sweep(words)]
+        assert any(accepted), key

@@ -58,8 +58,8 @@ class Margin(Regularizer):
     """Eq. 2 with one learnable margin M per layer (and column), initialised at 2 std of the weights.
 
     dL/dM = sign(M) (1 - n), n the number of weights outside, is exact under autograd. It is of order N, and plain SGD
-    throws M far outside the weights; divided by N, it cannot pull M back either (measured; see docs/paper.md,
-    "Differences"). `add_gradients` therefore adds
+    throws M far outside the weights; divided by N, it cannot pull M back either (measured; see
+    docs/paper.md). `add_gradients` therefore adds
 
         sign(M) clip(1 - n, -1, 1) max(|M|, max |w|),
 
@@ -124,7 +124,7 @@ class SoftMinMax(Regularizer):
     """Eq. 3 with one learnable temperature per layer, shared by its columns.
 
     As written the temperature settles where Var_p + Var_q = exp(-alpha), near -ln(2 var(w)), so the term never
-    becomes a hard min-max (see docs/paper.md, "Differences"). Give the optimizer `param_groups(lr)`, or it never moves.
+    becomes a hard min-max (see docs/paper.md). Give the optimizer `param_groups(lr)`, or it never moves.
 
     Args:
         model, weight, dim: as `Regularizer`; the paper's weight is 0.01.
