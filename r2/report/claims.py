@@ -238,8 +238,8 @@ def findings(records: Iterable[Record]) -> dict[Protocol, dict[str, list[tuple[C
 
 
 UNITS: dict[Outcome, str] = {"top1": "", "sqnr": " dB", "crest": " in log"}
-HEADER = ["Claim", "Paper's section", "Paper's effect", "Effect", f"{1 - ALPHA:.0%} interval", "p (Holm)", "Seeds",
-          "By model", "Verdict"]  # fmt: skip
+HEADER = ["Claim", "Paper's section", "Paper's effect", "Holds if", "Effect", f"{1 - ALPHA:.0%} interval", "p (Holm)",
+          "Seeds", "By model", "Verdict"]  # fmt: skip
 
 
 def rows(found: list[tuple[Claim, Finding]]) -> list[list[str]]:
@@ -251,9 +251,14 @@ def _row(claim: Claim, finding: Finding) -> list[str]:
     paper_effect, unit = of_paper(claim), UNITS[claim.outcome]
     low_high = f"{finding.interval[0]:+.2f} to {finding.interval[1]:+.2f}" if finding.interval else "-"
     models = ", ".join(f"{model} {estimate.mean:+.2f}" for model, estimate in finding.models.items())
-    return [claim.text, claim.source or "-", "-" if paper_effect is None else f"{paper_effect:+.2f}",
+    return [claim.text, claim.source or "ours", "-" if paper_effect is None else f"{paper_effect:+.2f}", asked(claim),
             f"{finding.effect:+.2f}{unit}", low_high, f"{finding.p:.3f}" if finding.p >= 0.001 else "< 0.001",
             str(finding.seeds), models, verdict_text(finding)]  # fmt: skip
+
+
+def asked(claim: Claim) -> str:
+    """The effects with which the claim holds."""
+    return f"above {claim.low:g}" if claim.high == math.inf else f"{claim.low:+g} to {claim.high:+g}"
 
 
 def verdict_text(finding: Finding) -> str:
@@ -268,19 +273,23 @@ def heading(key: Protocol, weight: str) -> str:
 
 _DEFINITIONS = f"""# The paper's claims
 
-- **Effect**: in points of top-1, in dB of the mean SQNR of 4-bit rounding over layers, or in the mean over layers of
-  log(max|w| / std), the crest. It is positive in the direction that the claim names; where it names none, it is the
-  first regularizer or stage minus the other. Models are averaged.
+- **Effect**: a difference between regularizers or stages, positive in the direction that the claim names; where it
+  names none, the first minus the second. It is in points of top-1; in dB of the SQNR of the weights rounded to 4 bits,
+  averaged over layers; or, "in log", in the mean over layers of log(max|w| / std), the crest. Models are averaged.
 - **R2**: the mean over the regularizers of the paper's table, L-inf and margin, for PACT, LSQ and DKM also
   soft-min-max, unless the claim names them.
-- **Paper's effect**: over the paper's networks. It gives one number per cell, so there is no interval.
-- **Interval**: Welch's, with Satterthwaite's degrees of freedom. Regularizers are independent samples over seeds.
-- **Verdict**: *holds* or *does not hold* when p, adjusted by Holm over the claims of one table, is below {ALPHA:g},
-  else *undecided*. {TOLERANCE:g} point counts as no loss and as no difference. The number of seeds that would decide
-  a claim assumes this effect and this spread.
+- **Paper's effect**: over the paper's networks. It gives one number per cell, so there is no interval. *Ours* are
+  claims that this project added.
+- **Interval**: Welch's, with Satterthwaite's degrees of freedom. Regularizers are independent samples over seeds. It is
+  not adjusted for the number of claims, so it may exclude zero beside an undecided claim.
+- **p**: of the difference between the effect and the nearest bound of *holds if*, adjusted by Holm's method over the
+  claims of one table.
+- **Verdict**: where p is below {ALPHA:g}, *holds* if the effect is within *holds if*, else *does not hold*. The number
+  of seeds that would decide a claim assumes this effect and this spread, at {ALPHA:g} divided by the number of claims.
 - **Seeds**: of the regularizer with the fewest. A comparison of two stages takes the seeds that have both.
 
-[report.html](report.html) has the command of every run, and `tables.csv` in each data set's folder one row per seed.
+[report.html](report.html) has the command of every run, `tables.csv` in each data set's folder top-1 by seed, and
+`records/` everything by run. The claims and their statistics are in `r2/report/claims.py` and `statistics.py`.
 """
 
 

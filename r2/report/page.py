@@ -172,20 +172,25 @@ def block(records: list[Record]) -> str:
     body = [[row[0], tables.reg_label(row[1]), *[tables.text(cells.get((row, c))) for c in shown]] for row in rows]
     parts = [f"{key.label}; top-1 in %, mean ± standard deviation (seeds):\n", tables.markdown_grid([header, *body])]
     if found := claims.findings(records).get(key, {}).get(""):
+        header = ["Claim", "Paper", "Holds if", "Here", "p", "Seeds", "Verdict"]
         judged = [
-            [c.text, *_effects(c, f), "< 0.001" if f.p < 0.001 else f"{f.p:.3f}", str(f.seeds), f.verdict]
-            for c, f in found
+            [text, source if source == "ours" else of_paper, asked, effect, p, seeds, f.verdict]
+            for (_, f), (text, source, of_paper, asked, effect, _, p, seeds, *_) in zip(
+                found, claims.rows(found)[1:], strict=True
+            )
         ]
         decided = [row for row in judged if row[-1] != "undecided"]
         undecided = [row for row in judged if row[-1] == "undecided"]
         hold = sum(row[-1] == "holds" for row in judged)
-        header = ["Claim", "Paper", "Here", "p", "Seeds", "Verdict"]
         parts.append(
-            f"Of {len(judged)} claims {hold} hold, {len(decided) - hold} do not and {len(undecided)} are undecided: "
-            "the paper's, and ours, for which it gives no number. An effect is in points of top-1, dB of SQNR or the "
-            "log of the crest max|w| / std, positive in the direction that the claim names. R2 is the mean of L-inf "
-            "and margin, for PACT, LSQ and DKM also of soft-min-max. One point counts as no difference, and p is "
-            "adjusted for the number of claims ([intervals and definitions](results/claims.md)).\n"
+            f"Of {len(judged)} claims {hold} hold, {len(decided) - hold} do not and {len(undecided)} are undecided "
+            "([intervals and definitions](results/claims.md)):\n\n"
+            "- *Paper* and *Here*: the difference in points of top-1, in dB of the weights' SQNR, or in the log of "
+            "their crest max|w| / std. It is positive in the direction that the claim names; where it names none, it "
+            "is the first minus the second.\n"
+            "- *-*: the paper gives no number. *ours*: not a claim of the paper.\n"
+            "- *p* is adjusted for the number of claims. Below 0.05, a claim holds or does not hold.\n"
+            "- *R2*: the mean of L-inf and margin, for PACT, LSQ and DKM also of soft-min-max (SMM).\n"
         )
         parts.append(tables.markdown_grid([header, *decided]))
         if undecided:
@@ -193,11 +198,6 @@ def block(records: list[Record]) -> str:
             parts.append(tables.markdown_grid([header, *undecided]))
             parts.append("</details>")
     return "\n".join(parts)
-
-
-def _effects(claim: claims.Claim, finding: claims.Finding) -> list[str]:
-    of_paper = claims.of_paper(claim)
-    return ["-" if of_paper is None else f"{of_paper:+.2f}", f"{finding.effect:+.2f}{claims.UNITS[claim.outcome]}"]
 
 
 def with_block(readme: str, records: list[Record]) -> str:
