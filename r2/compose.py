@@ -91,6 +91,7 @@ def resolve(cfg: DictConfig, of_hydra: Any) -> dict:
     if module == "r2.zoo":
         hub.check_name(library, config["model"]["name"])
     config["weights"] = hub.settle(given, config["model"])
+    config["sources"] = hub.contents(config["model"].get("source"), config["data"].get("tokenizer"))
     _check_regularizer(config)
     config["overrides"] = [*places, *_overrides(cfg, plain, choices)]
     return config

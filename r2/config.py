@@ -100,7 +100,7 @@ class Weights:
 
 
 GROUPS = ("data", "model", "reg", "recipe", "stage", "tracker")
-SETTLED = ("choices", "weights", "overrides")  # what composition adds
+SETTLED = ("choices", "weights", "sources", "overrides")  # what composition adds
 
 
 def check(config: dict) -> None:
@@ -136,6 +136,12 @@ def check_targets(targets: dict[str, Any]) -> None:
             raise UserError(f"{group}._target_={target!r}: must name something in r2")
 
 
+def _names_callable(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(_names_callable, value.values()))
+    return isinstance(value, list) and any(map(_names_callable, value))
+
+
 def _check_node(node: dict, target: str, prefix: str) -> None:
     annotations = signature(target)
     for key in node:
@@ -143,7 +149,7 @@ def _check_node(node: dict, target: str, prefix: str) -> None:
             raise UserError(unknown_key(prefix + key, [prefix + name for name in annotations], target))
     fields: dict[str, Any] = {key: (annotations[key], ...) for key in node}
     for key, value in node.items():
-        if "_target_" in repr(value):  # Hydra would call what it names
+        if _names_callable(value):
             raise UserError(f"{prefix}{key}={value!r}: only a whole group names a callable")
     model = create_model("Node", __config__=ConfigDict(extra="forbid", allow_inf_nan=False, strict=True), **fields)
     try:

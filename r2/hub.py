@@ -18,6 +18,8 @@ TORCHVISION = {"resnet18": "resnet18-f37072fd.pth", "mobilenet_v2": "mobilenet_v
 _HUB = "hf_hub:"
 MEAN_AND_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, of pixels in [0, 1]
 _SAVED = ("model.safetensors", "pytorch_model.bin")  # what transformers' save_pretrained calls its file
+VOCABULARY = ("vocab.txt", "tokenizer.json")
+SAVED_FILES = ("config.json", "tokenizer_config.json", *VOCABULARY, *_SAVED)  # what MobileBERT is read from
 
 
 def check_name(library: str, name: str) -> None:
@@ -152,6 +154,21 @@ def _sha256(source: str, file: str, sources: str) -> str:
 def _sha256_of(file: str, changed: int, size: int) -> str:
     """Of a sweep's jobs, the first reads the file."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def contents(*sources: str | None) -> dict[str, str]:
+    """The sha256 over the files of each source of text models that is a folder, as runs are named by content."""
+    folders = {source: Path(source) for source in sources if source and Path(source).is_dir()}
+    return {source: _sha256_of_folder(folder) for source, folder in folders.items()}
+
+
+def _sha256_of_folder(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in (folder / name for name in SAVED_FILES):
+        if path.is_file():
+            stat = path.stat()
+            found.update(f"{path.name} {_sha256_of(str(path), stat.st_mtime_ns, stat.st_size)}\n".encode())
+    return found.hexdigest()
 
 
 def _on_disk(path: Path) -> Path:

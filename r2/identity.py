@@ -46,6 +46,9 @@ def _identity(config: dict, parent: Path, label: str, named: tuple[str, ...], un
     values: dict = {"seed": config["seed"], "choices": {group: config["choices"][group] for group in named}}
     for group in (*named, "recipe"):
         values[group] = {k: v for k, v in config[group].items() if k not in _LEFT_OUT | unread}
+    for group, key in (("model", "source"), ("data", "tokenizer")):  # a folder is known by its content
+        if (sha256 := config.get("sources", {}).get(values.get(group, {}).get(key))) is not None:
+            values[group][key] = sha256
     if values["recipe"].get("sync_bn") == "auto":
         values["recipe"]["sync_bn"] = False  # of the number of devices, which no key holds; false on one device
     if config.get("weights") is not None:  # an older record's config has none

@@ -12,7 +12,7 @@ from r2.config import UserError, build, first_line
 from r2.models import Inputs
 from r2.paths import CONFIGS
 from r2.quantizers.calibration import calibrate
-from r2.quantizers.layers import LAYERS, compressed, obstacle
+from r2.quantizers.layers import LAYERS, compressed, obstacles
 from r2.stages.dkm import DKM
 from r2.stages.qat import QAT
 
@@ -152,13 +152,9 @@ def _restore(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _left_out(model: nn.Module) -> dict[str, str]:
     """Layers that cannot be compressed, and parameters with more than one dimension that belong to no layer."""
-    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
-    found = {}
+    found = obstacles(model)
     for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            if why := obstacle(module, parents.get(name)):
-                found[name] = why
-        elif not isinstance(module, nn.utils.parametrize.ParametrizationList):  # named by its layer
+        if not isinstance(module, (*LAYERS, nn.utils.parametrize.ParametrizationList)):  # which its layer names
             for key, parameter in module.named_parameters(prefix=name, recurse=False):
                 if parameter.ndim > 1:
                     found[key] = f"{type(module).__name__} is none of the layers that are compressed"

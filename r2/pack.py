@@ -170,9 +170,7 @@ def _parts(layer: Any) -> dict[str, Tensor]:
     quantizer, weight = layer.quantizer, layer.weight
     if quantizer.weight_bits > WIDEST:
         return {"weight": _effective(layer)}
-    parts = {
-        "codes": pack_bits(quantizer.encode(weight) if layer.codes is None else layer.codes, quantizer.weight_bits)
-    }
+    parts = {"codes": pack_bits(layer.encoded(), quantizer.weight_bits)}
     _, left_out = quantizer.coverage(weight)
     return parts | ({"tail": weight.reshape(-1)[-left_out:]} if left_out else {})
 

@@ -114,9 +114,9 @@ class _DKM(torch.autograd.Function):
 def relative_temperature(bits: int, dim: int = 1) -> float:
     """A temperature in variances of a layer's weights that leaves some weights soft, and every centroid its own.
 
-    min(0.2 / L, 1 / L^2) of the L = 2^(bits / dim) levels per weight: 0.1, 0.05, 0.0039 for 1, 2 and 4 bits. The
-    first leaves every layer soft to the end of training; half of it hardens many, twice it costs ten points or more
-    at 1 bit (docs/pilots.md). The second keeps centroids apart: two of them merge at twice
+    min(0.2 / L, 1 / L^2) of the L = 2^(bits / dim) levels per weight: 0.1, 0.05, 0.0039 for 1, 2 and 4 bits. With
+    the first nearly every layer is still soft at the end of training; half of it hardens many, twice it costs ten
+    points or more at 1 bit (docs/pilots.md). The second keeps centroids apart: two of them merge at twice
     their cluster's variance (Rose 1990), and that of L clusters of uniform weights is 1 / L^2 of the layer's.
     """
     levels = 2 ** (bits / dim)
@@ -234,8 +234,8 @@ class Palette(Quantizer):
         return c + same[:, None] * (0.01 * self.layer_temperature.sqrt())
 
     @torch.no_grad()
-    def soft_share(self, w: Tensor, certain: float = 0.99) -> float | None:
-        """Share of the vectors whose largest attention is below `certain`, 0 where training is plain k-means.
+    def soft_share(self, w: Tensor) -> float | None:
+        """Share of the vectors whose largest attention is below 0.99, 0 where training is plain k-means.
 
         None where the layer has no vector.
         """
@@ -243,7 +243,7 @@ class Palette(Quantizer):
         if not len(vectors):
             return None
         passes = Passes(vectors.t()[None], self.centroids, float(self.layer_temperature))
-        soft = sum((attention.amax(0) < certain).sum() for _, _, attention in passes.attention(self.centroids))
+        soft = sum((attention.amax(0) < 0.99).sum() for _, _, attention in passes.attention(self.centroids))
         return int(soft) / len(vectors)
 
     def tail_channels(self, w: Tensor) -> int:

@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from r2.config import GROUPS, UserError, signature
+from r2.config import GROUPS, UserError, last_line, signature
 from r2.hints import unknown_key
 
 _OWN = ("table", "figure", "plan", "images_per_second", "seeds", "jobs", "records")
@@ -272,8 +272,8 @@ def _run(configs: list[dict], gpus: list[str], ends: Connection) -> None:
         try:
             start(config)
         except UserError as error:
-            end = str(error)
-            print(f"r2: {error}", file=sys.stderr, flush=True)
+            end = last_line(error)
+            print(f"r2: {end}", file=sys.stderr, flush=True)
         except SystemExit as stop:
             if stop.code and int(stop.code) >= 128:  # a signal: the whole group stops
                 raise

@@ -44,11 +44,11 @@ def experiment(config: dict, world: "World") -> "Record":
     from r2.dist import keep_freed_memory
     from r2.pretrain import pretrain, untrained
     from r2.report import layer
-    from r2.trackers import Tracker
-    from r2.training.loop import allow_tf32, check_batches
+    from r2.training.loop import check_batches, set_arithmetic
 
     keep_freed_memory()
-    allow_tf32(False)
+    set_arithmetic(fast=False)
+    record.commit()  # of the code that is loaded now, whatever becomes of the checkout during the run
     stage, recipe = build(config["stage"]), build(config["recipe"])
     columns = axes(config, stage)
     identity = of_run(config, columns)
@@ -64,14 +64,17 @@ def experiment(config: dict, world: "World") -> "Record":
             record.check_packed(found, directory / "model.safetensors")
             run.say(f"{directory}: finished before, not repeated (force=true repeats it){record.reused()}")
         else:
-            with contextlib.closing(build(config["data"]).to(world)) as data:
+            tracking = config["tracker"] if world.main else {"_target_": "r2.trackers.none"}
+            with (
+                contextlib.closing(build(config["data"]).to(world)) as data,
+                build(tracking, directory, config) as tracker,
+            ):
                 run.say(f"run {identity.name}")
                 run.say(f"{columns['data']}: {data.describe()}")
-                tracker = build(config["tracker"], directory, config) if world.main else Tracker("none", None)
                 run.log = tracker.log
                 with torch.device("meta"):
                     shape = build(config["model"], num_classes=data.num_classes)
-                stage.check(shape, data.calibration_images)
+                stage.check(shape, min(data.calibration_images, data.train_images))
                 check_batches(config["stage"], recipe, world, shape)
                 beginning = untrained if stage.from_scratch else pretrain
                 pretrained = None
@@ -86,10 +89,10 @@ def experiment(config: dict, world: "World") -> "Record":
                     raise
                 if world.main:
                     pack.save(model, directory / "model.safetensors")
+                    (directory / "weights.png").unlink(missing_ok=True)  # of the run before, with force=true
                 size, skipped = pack.size(model), data.count_skipped()
                 found = record.make(config, columns, directory, pretrained, model, size, outcome, data, skipped, world)
                 run.finish(model, found)
-                tracker.close()
     if world.main:
         console.summary(found, directory)
         layer.beside([found], directory / "weights.png")

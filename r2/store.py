@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import socket
 import tempfile
 import zipfile
@@ -132,12 +131,9 @@ def load_latest(path: Path, say: Any, *needed: str) -> dict | None:
     return None
 
 
-def remove(*paths: Path) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def remove(*files: Path) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def digest(state: dict[str, Tensor]) -> str:

@@ -1,6 +1,6 @@
 """Trackers of curves besides the curve-<phase>.csv files.
 
-A tracker has `log(row)` and `close()`; it can neither end nor block a run.
+A tracker has `log(row)` and is closed by its `with` block; it can neither end nor block a run.
 """
 
 import os
@@ -19,10 +19,10 @@ class Tracker:
     """Calls a backend until it fails or does not answer, then says so once and stays silent.
 
     Args:
-        start: opens the backend and returns its (log, close) functions.
+        start: opens the backend and returns its functions log(row) and close(failed).
     """
 
-    def __init__(self, name: str, start: Callable[[], tuple[Callable[[dict], Any], Callable[[], Any]]] | None):
+    def __init__(self, name: str, start: Callable[[], tuple[Callable[[dict], Any], Callable[[bool], Any]]] | None):
         self.name, self._log, self._close = name, None, None
         if start is None:
             return
@@ -32,8 +32,11 @@ class Tracker:
     def log(self, row: dict) -> None:
         self._call(self._log, row)
 
-    def close(self) -> None:
-        self._call(self._close)
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._call(self._close, kind is not None)
 
     def _call(self, function: Callable | None, *args: Any) -> Any:
         if function is None:
@@ -93,7 +96,7 @@ def wandb(
             say(f"wandb cannot be reached ({first_line(error)}); going on offline")
             wb.teardown()  # forgets the run that could not start, whose name would be taken
             run = init(mode="offline")
-        return lambda row: run.log(row), run.finish
+        return lambda row: run.log(row), lambda failed: run.finish(exit_code=int(failed))
 
     return Tracker("wandb", start)
 
@@ -111,6 +114,6 @@ def tensorboard(directory: Path, config: dict) -> Tracker:
                 if isinstance(value, int | float):
                     writer.add_scalar(f"{row['phase']}/{key}", value, row["epoch"])
 
-        return log, writer.close
+        return log, lambda failed: writer.close()
 
     return Tracker("tensorboard", start)

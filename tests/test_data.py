@@ -404,3 +404,17 @@ def test_a_gpu_reads_the_workers_memory_before_it_is_written_again(tmp_path, mon
     assert registered == []
     for (x, y), (z, t) in zip(sum(found, []), sum(expected, []), strict=True):
         assert torch.equal(x, z) and torch.equal(y, t)
+
+
+def test_class_folders_of_ones_own_that_do_not_match_or_are_empty_are_named(tmp_path):
+    folder(tmp_path, classes=3)
+    shutil.rmtree(tmp_path / "val" / "n0002")
+    with pytest.raises(UserError, match="val has 2 class folders, not 3; train and val differ .*n0002"):
+        own(str(tmp_path), 32, workers=0)
+    for split in ("train", "val"):
+        shutil.rmtree(tmp_path / split)
+        (tmp_path / split).mkdir()
+    with pytest.raises(UserError, match="train has 0 class folders"):
+        Folder(str(tmp_path), None, 32, 0, "error", 4)
+    with pytest.raises(UserError, match="data.root="):
+        own(str(tmp_path), 32, workers=0)

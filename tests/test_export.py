@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from r2 import export, pack, store
 from r2.config import UserError
+from r2.data.batches import IGNORED
 from r2.data.facts import FACTS
 from r2.data.memory import digits, fake
 from r2.dist import World
@@ -498,3 +499,22 @@ def test_data_of_another_machine_are_named_or_left_out(tmp_path, capsys):
     main([str(run), "--to", "coreml", "--no-check"])
     assert capsys.readouterr().out.splitlines()[1] == "inputs              images (1, 3, 32, 32)"
     assert (run / "model.pt2").exists()
+
+
+def test_a_model_that_was_never_packed_is_exported_with_the_weights_it_computes_with(tmp_path):
+    """PACT's size of 1-bit weights is known once they are encoded, which packing does and an export alone must too."""
+    torch.manual_seed(0)
+    model = trained(small())
+    swap(quantizable(model), lambda name: PACT(1, 8))
+    calibrate(model, compressed(model), next(DATA.val(64))[0])
+    export.to_onnx(model, tmp_path / "model.onnx", next(DATA.val(2))[0])
+    assert export.check(model, tmp_path / "model.onnx", DATA, World())["equal_predictions"] >= 99.9
+
+
+def test_a_folder_of_images_that_cannot_be_decoded_checks_nothing(tmp_path, monkeypatch):
+    model = small().eval()
+    export.to_onnx(model, tmp_path / "model.onnx", next(DATA.val(2))[0])
+    unread = fake(val_images=8, num_classes=5, image_size=16).to(World())
+    unread._val[1][:] = IGNORED
+    with pytest.raises(UserError, match="no validation image can be decoded"):
+        export.check(model, tmp_path / "model.onnx", unread, World())

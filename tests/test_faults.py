@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import resource
@@ -21,7 +22,10 @@ from conftest import ENV, SMALL
 from forked import EWGS, TINY, Run, alive, children, results, wait_for
 
 from r2 import record, store, trackers
+from r2.config import Diverged
+from r2.dist import World
 from r2.plan import cells as planned
+from r2.training.resume import check_weights
 
 ROOT = Path(__file__).parents[1]
 TWO_CORES = pytest.mark.skipif(
@@ -289,12 +293,20 @@ def test_a_tracker_that_hangs_is_given_up(monkeypatch, capsys):
             call("start")()
             return call("log"), call("close")
 
-        tracker = trackers.Tracker("slow", start)
-        for _ in range(3):
-            tracker.log({"epoch": 1})
-        tracker.close()
+        with trackers.Tracker("slow", start) as tracker:
+            for _ in range(3):
+                tracker.log({"epoch": 1})
     assert time.monotonic() - began < 5
     assert capsys.readouterr().out.count("slow is off for the rest of this run (no answer for 0.2 s)") == 3
+
+
+def test_a_tracker_is_closed_when_a_run_fails_too_and_is_told():
+    closed = []
+    with trackers.Tracker("ok", lambda: (print, closed.append)):
+        pass
+    with pytest.raises(SystemExit), trackers.Tracker("ok", lambda: (print, closed.append)):
+        raise SystemExit(143)
+    assert closed == [False, True]
 
 
 @pytest.mark.slow
@@ -395,3 +407,19 @@ def test_a_training_that_diverges_leaves_a_record_at_chance(tmp_path):
     assert not (path.parent / "record.json").exists() and record.path_of(path.parent) == path
     shutil.copyfile(path, path.parent / "record.json")
     assert record.path_of(path.parent).name == "record.json" and len(record.find(tmp_path)) == 1
+
+
+class Two(World):
+    """Two processes, of which the other one's third buffer is not finite."""
+
+    def all_reduce(self, tensor):
+        return tensor + torch.tensor([0.0, 0.0, 1.0])
+
+
+def test_weights_that_are_not_finite_on_one_process_end_all_of_them():
+    state = {"weight": torch.ones(2), "bias": torch.ones(1), "running_var": torch.ones(1)}
+    check_weights(state, "pretrain", "recipe", World())
+    with pytest.raises(Diverged, match="pretrain: running_var is not finite any more"):
+        check_weights(state, "pretrain", "recipe", Two(0, 2))
+    with pytest.raises(Diverged, match="bias"):
+        check_weights({**state, "bias": torch.tensor([math.nan])}, "pretrain", "recipe", World())

@@ -84,3 +84,20 @@ def test_a_key_that_was_made_before_batchnorm_was_synchronised_by_itself_stays()
     configs = [config_of("data=imagenet", *words) for words in ([], ["recipe.sync_bn=false"], ["recipe.sync_bn=true"])]
     auto, never, always = (keys(config, build(config["stage"])) for config in configs)
     assert auto == never != always
+
+
+def test_a_folder_with_a_text_model_is_known_by_its_content(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "vocab.txt").write_text("a b")
+
+    def key(path):
+        config = config_of("data=qnli", "model=mobilebert", "stage=dkm", f"model.source={path}")
+        return keys(config, build(config["stage"]))
+
+    first = key(folder)
+    folder.rename(tmp_path / "b")
+    assert key(tmp_path / "b") == first
+    (tmp_path / "b" / "vocab.txt").write_text("a b c")
+    assert key(tmp_path / "b") != first

@@ -8,7 +8,7 @@ from r2.data.memory import fake
 from r2.dist import World
 from r2.recipe import Recipe, finetuning, learning_rate, optimizer_of
 from r2.regularizers import L2, Margin
-from r2.training.loop import choose_convolutions, evaluate, tf32, uses_tf32
+from r2.training.loop import arithmetic, evaluate, fast_arithmetic
 
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
 
@@ -38,14 +38,6 @@ def test_fine_tuning_keeps_the_optimizer_and_the_schedule():
     assert (kept.optimizer, kept.schedule, kept.epochs, kept.lr, kept.clip_norm) == ("adamw", "linear", 2, 0.5, None)
 
 
-@pytest.mark.parametrize("precision, device, timed", [("bf16", "cuda", True), ("fp16", "cuda", True),
-                                                      ("fp32", "cuda", False), ("bf16", "cpu", False)])  # fmt: skip
-def test_cudnn_times_its_algorithms_where_a_run_need_not_repeat_bits(precision, device, timed, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not timed)
-    choose_convolutions(recipe(precision=precision), torch.device(device))
-    assert torch.backends.cudnn.benchmark is timed
-
-
 @pytest.mark.parametrize("sync_bn, devices, batch_size, accumulate, synchronised", [
     ("auto", 1, 8, 1, False), ("auto", 2, 32, 1, True), ("auto", 2, 34, 1, False), ("auto", 8, 256, 2, True),
     (True, 8, 2048, 1, True), (False, 8, 8, 1, False),
@@ -57,24 +49,28 @@ def test_batchnorm_is_synchronised_where_a_device_has_few_images(
     assert made.syncs_batchnorm(devices) is synchronised
 
 
+def flags():
+    """TF32 in products and in convolutions, and whether cuDNN times its algorithms."""
+    cudnn = torch.backends.cudnn
+    return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+
+
 class Flags(nn.Module):
     """Notes how products are computed, and whether for gradients."""
 
     def forward(self, x):
-        cuda, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        self.found = (cuda, cudnn, torch.is_grad_enabled())
+        self.found = (*flags(), torch.is_grad_enabled())
         return torch.zeros(len(x), 10)
 
 
-@pytest.mark.parametrize("precision, device, allowed", [("bf16", "cuda", True), ("fp16", "cuda", True),
-                                                        ("fp32", "cuda", False), ("bf16", "cpu", False)])  # fmt: skip
-def test_training_in_16_bits_alone_uses_tf32_and_evaluation_never_does(precision, device, allowed):
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    made, model = recipe(precision=precision), Flags()
-    with tf32(uses_tf32(made, torch.device(device))):
+@pytest.mark.parametrize("precision, device, fast", [("bf16", "cuda", True), ("fp16", "cuda", True),
+                                                     ("fp32", "cuda", False), ("bf16", "cpu", False)])  # fmt: skip
+def test_training_in_16_bits_alone_computes_float32_fast_and_evaluation_never_does(precision, device, fast):
+    before, made, model = flags(), recipe(precision=precision), Flags()
+    with arithmetic(fast_arithmetic(made, torch.device(device))):
         model(torch.zeros(1))
-        assert model.found == (allowed, allowed, True)
+        assert model.found == (fast, fast, fast, True)
         evaluate(model, fake(val_images=4).to(World()), World(), made)
-        assert model.found == (False, False, False)
-        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
-    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        assert model.found == (False, False, False, False)
+        assert flags() == (fast, fast, fast)
+    assert flags() == before

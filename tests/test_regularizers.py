@@ -432,3 +432,18 @@ def test_a_weight_of_any_layout_gets_its_gradient(kind, layout):
     model.weight.grad = torch.zeros_like(model.weight)
     regularizer.add_gradients()
     torch.testing.assert_close(model.weight.grad, expected)
+
+
+def test_a_parametrized_weight_is_computed_once_when_weights_are_listed():
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, w):
+            calls.append(1)
+            return w
+
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(4)])
+    for layer in model:
+        nn.utils.parametrize.register_parametrization(layer, "weight", Counted())
+    calls.clear()
+    assert len(R.weights_of(model)) == 4 and len(calls) == 4

@@ -361,3 +361,28 @@ def test_records_that_cannot_be_written_are_refused_before_the_first_run(tmp_pat
         reproduce.main(words)
     error = capsys.readouterr().err
     assert "r2: records: cannot write to" in error and "records=DIR" in error and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverged_tells_nothing_of_speed_and_hides_none():
+    (cell,) = planned.cells_of(["data=fake", "model=mbv1", "stage=ewgs", "recipe.epochs=10", "stage.epochs=5"])
+    good = {"axes": cell.axes, "config": cell.config, "device": {"type": "cpu"}, "processes": 1,
+            "seconds": {"pretrain": 3.0, "ewgs": 4.0},
+            "images_per_second": {"pretrain": 100.0, "stage": 50.0}}  # fmt: skip
+    diverged = {**good, "seconds": {"pretrain": 3.0}, "images_per_second": {"pretrain": 100.0, "stage": None}}
+    assert Speeds([good, diverged], "cpu").stage(cell) == (5 * 256 / 50, "records")
+    seconds, source = Speeds([diverged], "cpu").stage(cell)
+    assert seconds == 5 * 256 / 100 and "as fast as pretraining" in source
+
+
+def test_a_workers_error_is_one_line(monkeypatch, capsys):
+    def start(config):
+        raise UserError("Caught UserError in a worker.\nTraceback ...\nr2.config.UserError: x.jpeg: bad")
+
+    class Ends(list):
+        send = list.append
+
+    ends = Ends()
+    monkeypatch.setattr("r2.run.start", start)
+    monkeypatch.setattr("r2.dist.end_with_parent", lambda: None)
+    reproduce._run([{}], [], ends)
+    assert capsys.readouterr().err == "r2: x.jpeg: bad\n" and ends == ["x.jpeg: bad"]

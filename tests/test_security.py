@@ -182,3 +182,9 @@ def test_no_secret_is_written(r2):
     for secret in map(str.encode, secrets.values()):
         assert secret not in (done.stdout + done.stderr).encode()
         assert not [path for path in files if secret in path.read_bytes()]
+
+
+def test_a_value_may_contain_the_name_of_a_target(tmp_path):
+    assert composed("data=imagenet", f"data.root={tmp_path}/cars_target_set")["data"]["root"].endswith(
+        "cars_target_set"
+    )

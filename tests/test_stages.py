@@ -1,16 +1,21 @@
 """Every stage through the real command line on made-up data: records, files, sizes."""
 
+import functools
 import json
 
 import pytest
 import torch
 from conftest import SMALL
 
-from r2 import console, pack
+from r2 import console, pack, pretrain
+from r2 import record as recording
 from r2.config import build
 from r2.data.batches import IGNORED, Data
 from r2.dist import World
+from r2.plan.cells import cells_of
 from r2.recipe import Recipe
+from r2.run import experiment
+from r2.stages.stage import calibration_batch
 from r2.store import Run
 from r2.training.loop import evaluate, train
 
@@ -198,3 +203,33 @@ def test_a_micro_batch_without_an_image_adds_nothing(tmp_path):
     run = Run(tmp_path, "0", World(), 0, 0.0, lambda row: None)
     train(model, Halves().to(World()), recipe, run, "phase", [torch.optim.SGD(model.parameters(), 0.1)])
     torch.testing.assert_close(weight - model.weight, 0.1 * gradient)
+
+
+def test_calibration_takes_no_more_than_a_device_holds_and_no_image_that_cannot_be_decoded():
+    data = build({"_target_": "r2.data.memory.fake", "train_images": 600, "calibration_images": 600}).to(World())
+    assert len(calibration_batch(data, 4096, 0)) == 256 and len(calibration_batch(data, 32, 0)) == 32
+    whole = next(data.calibration(32, 0))
+    data._train[1][:300] = IGNORED
+    kept = next(data.calibration(32, 0))[1] != IGNORED
+    assert 0 < kept.sum() < 32 and torch.equal(calibration_batch(data, 32, 0), whole[0][kept])
+
+
+def test_a_repeated_run_has_a_picture_of_its_own(r2):
+    words = [*SMALL, "model=mbv1", "stage=pact", "reg=l2", "recipe.epochs=1"]
+    assert r2(*words).returncode == 0
+    (picture,) = r2.out.glob("*/weights.png")
+    picture.write_bytes(b"of the run before")
+    assert r2(*words).returncode == 0 and picture.read_bytes() == b"of the run before"
+    assert r2(*words, "force=true").returncode == 0 and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recorded_commit_is_that_of_the_beginning(tmp_path, monkeypatch):
+    """What is committed while a run trains is not what made it."""
+    heads = iter(["before", "after"])
+    monkeypatch.setattr(recording, "commit", functools.cache(lambda: next(heads)))
+    seen = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_: seen.append(recording.commit.cache_info().currsize) or 1 / 0)
+    words = [*SMALL, "model=mbv1", "stage=fp32", "reg=l2", f"out={tmp_path}"]
+    with pytest.raises(ZeroDivisionError):
+        experiment(cells_of(words)[0].config, World())
+    assert seen == [1]

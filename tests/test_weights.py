@@ -319,3 +319,24 @@ def test_a_network_without_a_linear_layer_takes_weights_and_no_new_head(tmp_path
     assert set(weights.fitting(network, composed(*words))) == set(network.state_dict())
     with pytest.raises(UserError, match="model.reset_head=true: squeezenet1_1 has no linear layer to replace"):
         weights.fitting(network, composed(*words, "model.reset_head=true"))
+
+
+class Indexed(torch.nn.Linear):
+    """With a persistent buffer of whole numbers, as Swin's relative positions."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.register_buffer("index", torch.arange(4))
+
+
+def test_buffers_of_whole_numbers_are_whole_numbers_in_the_file(tmp_path):
+    def read(**other):
+        file = saved(tmp_path / "w.pth", {**Indexed().state_dict(), **other})
+        given = {"source": file, "file": file, "sha256": "", "new_head": False}
+        return weights.fitting(Indexed(), {"weights": given, "model": {}, "choices": {"model": "indexed"}})
+
+    assert torch.equal(read()["index"], torch.arange(4))
+    with pytest.raises(UserError, match="index holds values that are no whole numbers"):
+        read(index=torch.arange(4.0))
+    with pytest.raises(UserError, match="bias holds values that are no finite floating-point numbers"):
+        read(bias=torch.arange(2))

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from r2.clustering.passes import passes_over
 
+GROUPS = 1024  # of neighbouring weights, among which the optimal clustering is searched
+SAMPLE, STARTS = 1 << 14, 10  # vectors that k-means++ starts from, and how often
+
 
 def initial_centroids(vectors: Tensor, k: int, seed: int = 0) -> Tensor:
     """k-means centroids (k, d) of vectors (n, d), the same for the same vectors and seed; computed on the CPU.
@@ -21,7 +24,7 @@ def initial_centroids(vectors: Tensor, k: int, seed: int = 0) -> Tensor:
     return found.to(vectors.dtype)
 
 
-def _scalar_kmeans(w: Tensor, k: int, groups: int = 1024, iterations: int = 1000) -> Tensor:
+def _scalar_kmeans(w: Tensor, k: int) -> Tensor:
     w = torch.from_numpy(np.sort(w.numpy())).double()  # a third of torch.sort's time
     n = len(w)
     centre = w.mean()  # sums about it lose no digits
@@ -29,12 +32,12 @@ def _scalar_kmeans(w: Tensor, k: int, groups: int = 1024, iterations: int = 1000
     zero = torch.zeros(1, dtype=torch.float64)
     first, second = torch.cat([zero, w.cumsum(0)]), torch.cat([zero, (w * w).cumsum(0)])
     edges = torch.arange(n + 1)
-    if n > groups:  # equal counts and equal widths, so that outliers stand alone
-        even = torch.linspace(0, n, groups // 2 + 1, dtype=torch.float64).long()
-        width = torch.searchsorted(w, torch.linspace(w[0].item(), w[-1].item(), groups // 2, dtype=torch.float64))
+    if n > GROUPS:  # equal counts and equal widths, so that outliers stand alone
+        even = torch.linspace(0, n, GROUPS // 2 + 1, dtype=torch.float64).long()
+        width = torch.searchsorted(w, torch.linspace(w[0].item(), w[-1].item(), GROUPS // 2, dtype=torch.float64))
         edges = torch.cat([even, width]).unique()
     edges = _optimal_edges(edges, first[edges], second[edges], k)
-    for _ in range(iterations):
+    for _ in range(1000):
         sums, counts = first[edges].diff(), edges.diff()
         c = sums[counts > 0] / counts[counts > 0]
         moved = torch.cat([edges[:1], torch.searchsorted(w, (c[1:] + c[:-1]) / 2), edges[-1:]])
@@ -64,11 +67,11 @@ def _optimal_edges(edges: Tensor, first: Tensor, second: Tensor, k: int) -> Tens
     return edges[torch.tensor([*reversed(chosen)]) if at == 0 else torch.tensor([0, *reversed(chosen)])]
 
 
-def _vector_kmeans(vectors: Tensor, k: int, seed: int, starts: int = 10, sample: int = 1 << 14) -> Tensor:
+def _vector_kmeans(vectors: Tensor, k: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     n = len(vectors)
-    few = vectors if n <= sample else vectors[torch.randint(n, (sample,), generator=generator)]
-    found = [_lloyd(few, _plus_plus(few, k, generator), 50) for _ in range(starts)]
+    few = vectors if n <= SAMPLE else vectors[torch.randint(n, (SAMPLE,), generator=generator)]
+    found = [_lloyd(few, _plus_plus(few, k, generator), 50) for _ in range(STARTS)]
     return _lloyd(vectors, min(found, key=lambda x: x[1])[0], 100)[0]
 
 

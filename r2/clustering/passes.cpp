@@ -1,4 +1,4 @@
-// DKM's passes over the vectors of one layer, for float32 on a CPU; passes.py has the same in PyTorch.
+// DKM's passes over the vectors of one layer, for float32 on a CPU; plain.py has the same in PyTorch.
 // It is compiled for one shape of the codebook: K centroids of D numbers, with fused multiply-adds.
 //
 // Vectors lie in blocks: number a of vector i of block b is w[(b * D + a) * m + i], so that a vector register holds

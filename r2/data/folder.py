@@ -96,6 +96,7 @@ class Folder(Images):
         classes = [class_folders(folder) for folder in folders]
         alone = sorted(set(classes[0]) ^ set(classes[1]))
         differ = f"train and val differ in class folders: {', '.join(alone[:5])}" if alone else ""
+        wanted = max(1, len(classes[0])) if num_classes is None else num_classes
         for folder, names in zip(folders, classes, strict=True):
             if not names and (advice := misplaced(folder)):
                 raise UserError(f"data.root={root}: {advice}")
@@ -104,9 +105,9 @@ class Folder(Images):
                     f"data.root={root}: there is no folder {folder}; set data.root to one that has "
                     "train/<class>/<image> and val/<class>/<image>"
                 )
-            if len(names) != (len(classes[0]) if num_classes is None else num_classes):
+            if len(names) != wanted:
                 more = f"; {differ}" if differ else "" if num_classes is None else "; images of your own: data=folder"
-                raise UserError(f"data.root={root}: {folder} has {len(names)} class folders, not {num_classes}{more}")
+                raise UserError(f"data.root={root}: {folder} has {len(names)} class folders, not {wanted}{more}")
         if differ:
             raise UserError(f"data.root={root}: {differ}")
         try:

@@ -2,7 +2,8 @@
 
 TARGETS names the file types. Each is a module with
 
-    write(model, path, inputs)      writes the file; `inputs` are at least two examples of the network's input size
+    write(model, path, inputs, notes=None)      writes the file; `inputs` are at least two examples of the network's
+                                                input size, `notes` a dictionary that the file carries
     predict(path)                   a function from inputs to logits, or None if nothing on this system runs the file
 
 Its packages are an extra of r2. The command is `python -m r2.export` (r2.export.__main__).
@@ -121,5 +122,7 @@ def check(model: "nn.Module", path: Path | str, data: "Data", world: "World") ->
             largest = max(largest, (ours - theirs).abs().max().item())
     images_seen, *correct = sums.tolist()
     names = ("torch_top1", f"{name}_top1", "equal_predictions")
+    if not images_seen:
+        raise UserError("no validation image can be decoded; look at the data folder")
     shares = {key: round(100 * count / images_seen, 4) for key, count in zip(names, correct, strict=True)}
     return {"images": int(images_seen), **shares, "largest_difference": largest}

@@ -173,7 +173,7 @@ class _Exported(nn.Module):
         quantizer, weight = layer.quantizer, layer.weight
         if quantizer.weight_bits > 8:
             raise UserError("its weights have more than 8 bits")
-        codes = (quantizer.encode(weight) if layer.codes is None else layer.codes).to(torch.uint8)
+        codes = layer.encoded().to(torch.uint8)
         tensors, self.bits = (_palette if isinstance(quantizer, Palette) else _integers)(quantizer, codes, weight)
         for part, tensor in tensors.items():
             self.register_buffer(part, tensor.detach().clone())

@@ -177,7 +177,7 @@ class _Table(nn.Module):
     def __init__(self, layer: Any):
         super().__init__()
         palette, weight = layer.quantizer, layer.weight.detach()
-        codes, table = (palette.encode(weight) if layer.codes is None else layer.codes).byte(), palette.centroids
+        codes, table = layer.encoded().byte(), palette.centroids
         self.count, self.dim = len(codes), palette.dim
         while len(table) ** 2 <= 16:  # two codes as one of twice the bits, whose row is both their centroids
             first, second = F.pad(codes, (0, len(codes) % 2)).view(-1, 2).unbind(1)
@@ -219,9 +219,8 @@ def _integer(low: int, high: int) -> torch.dtype:
 @torch.no_grad()
 def _weight(layer: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Integers in the weight's shape, their scale, their zero point, and whether 4 bits hold all levels."""
-    grid = layer.quantizer.weight_grid()
+    codes, grid = layer.encoded(), layer.quantizer.weight_grid()
     dtype = _integer(grid.low, grid.high)
-    codes = layer.quantizer.encode(layer.weight) if layer.codes is None else layer.codes
     integers = (grid.first + grid.stride * codes.long()).to(dtype).view(layer.weight.shape)
     zero_point = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
     narrow = grid.high <= (15 if grid.low == 0 else 7) and grid.low >= -8

@@ -66,7 +66,7 @@ class _Stored(nn.Module):
     def __init__(self, layer: Any):
         super().__init__()
         self.quantizer, weight = layer.quantizer, layer.weight.detach()
-        codes = self.quantizer.encode(weight) if layer.codes is None else layer.codes
+        codes = layer.encoded()
         self.bits, self.count = self.quantizer.weight_bits, len(codes)
         self.like = torch.empty_like(weight, device="meta")
         self.register_buffer("packed", pack(codes, self.bits))

@@ -253,7 +253,8 @@ def _disk(config: dict) -> Iterator[str]:
 
 def _fits(config: dict) -> Iterator[str]:
     """Nothing, unless the stage refuses the model."""
-    build(config["stage"]).check(_network(config), config["data"].get("calibration_images", 0))
+    images = config["data"].get("calibration_images", 0)
+    build(config["stage"]).check(_network(config), min(images, facts(config).train_images or images))
     yield from ()
 
 

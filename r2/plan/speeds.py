@@ -118,7 +118,8 @@ class Speeds:
                 self._known[axes["data"], axes["model"]] = Rate(speed["pretrain"] * more, None, "records")
             rest = sum(v for phase, v in found["seconds"].items() if phase != "pretrain")
             trained = speed["stage"] and speed["stage"] * more
-            self._known[_stage(axes, found["config"])] = Rate(trained, None if trained else rest, "records")
+            if trained or rest:  # a diverged run's record has neither
+                self._known[_stage(axes, found["config"])] = Rate(trained, None if trained else rest, "records")
 
     def pretraining(self, cell: Cell) -> tuple[float, str]:
         """Seconds, and where the speed comes from: phrases between semicolons."""

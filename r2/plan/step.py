@@ -16,7 +16,7 @@ from r2.models import Inputs
 from r2.training.small_maps import fast_on_small_maps
 
 
-def measure(config: dict, device: str, steps: int = 2) -> float:
+def measure(config: dict, device: str) -> float:
     """Examples/s of bare training steps of the config's model, on random images of its size or texts of full length.
 
     On a CPU the batch grows until a step takes a quarter of a second or has the recipe's batch: few images of a large
@@ -28,7 +28,7 @@ def measure(config: dict, device: str, steps: int = 2) -> float:
     while True:
         model, inputs, labels = example(config, batch, device)
         seconds = []
-        for _ in range(steps + 1):
+        for _ in range(3):  # the first sets up and is not counted
             began = time.perf_counter()
             loss = loss_of(config, model, inputs, labels)
             loss.backward()

@@ -108,6 +108,10 @@ class _Quantized:
         """The bare operation, without bias."""
         raise NotImplementedError
 
+    def encoded(self) -> Tensor:
+        """The weight's codes, flat. The quantizer's `weight_grid` is that of the weight encoded last."""
+        return self.quantizer.encode(self.weight) if self.codes is None else self.codes
+
     def compute(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
         if self.codes is None:
             weight = self.quantizer.weight(self.weight)
@@ -303,7 +307,8 @@ def signal_to_noise(model: nn.Module, batch: Inputs, originals: Mapping[str, Ten
             weight, x = originals[name] if originals else layer.weight, input_of(inputs, named)
             signal, output = layer.operation(x, weight).double(), layer.compute(x).double()
             factor = (signal * output).sum() / output.square().sum().clamp(min=1e-30)
-            power, error = signal.square().sum(), (signal - factor * output).square().sum()
+            power = signal.square().sum()
+            error = signal.sub_(output.mul_(factor)).square_().sum()  # in place: these are the largest tensors of a run
             found[name] = round(10 * torch.log10(power / error.clamp(min=1e-30)).item(), 3) if power > 0 else 0.0
 
         return hook

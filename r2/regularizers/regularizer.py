@@ -22,8 +22,10 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, KINDS) and not any(module.weight is w for w in out.values()):
-            out[f"{name}.weight"] = module.weight
+        if isinstance(module, KINDS):
+            weight = module.weight  # read once: a parametrized one is computed anew each time
+            if not any(weight is w for w in out.values()):
+                out[f"{name}.weight"] = weight
     return out
 
 

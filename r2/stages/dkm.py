@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from r2.config import Bits, Count, NonNegative, Positive, UserError
+from r2.config import Bits, Count, NonNegative, Positive
 from r2.data.batches import Data
 from r2.dist import sync_batchnorm
 from r2.palettize import Palette, relative_temperature
@@ -15,7 +15,7 @@ from r2.quantizers.layers import compressed, layer_bits, quantizable, signal_to_
 from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.record import Outcome
 from r2.regularizers import Regularizer
-from r2.stages.stage import Stage
+from r2.stages.stage import Stage, calibration_batch
 from r2.store import Run
 from r2.training.loop import evaluate, train
 
@@ -48,11 +48,7 @@ class DKM(Stage):
     clip_norm: Positive | None
 
     def __post_init__(self) -> None:
-        key = "bits" if self.weight_bits == self.bits else "weight_bits"
-        widths = {key: self.weight_bits, **{f"layer_bits.{k}": bits for k, bits in (self.layer_bits or {}).items()}}
-        for key, bits in widths.items():
-            if bits > 8:
-                raise UserError(f"stage.{key}={bits}: dkm stores an index of at most 8 bits per vector")
+        self.check_widths(1, 8, "dkm stores an index of at most 8 bits per vector")
 
     def __call__(
         self, model: nn.Module, data: Data, recipe: Recipe, run: Run, regularizer: Regularizer
@@ -67,7 +63,6 @@ class DKM(Stage):
         done = train(
             model, data, recipe, run, "dkm", [optimizer_of(model, recipe)], batchnorm=self.batchnorm, keys="stage"
         )
-        inputs, _ = next(data.calibration(self.batch_size, run.seed))
         left_out = {name: n for name, layer in compressed(model).items() if (n := layer.quantizer.tail(layer.weight))}
         return model, Outcome(
             metrics=evaluate(model, data, run.world, recipe),
@@ -76,7 +71,7 @@ class DKM(Stage):
             seconds={"cluster": round(clustered - began, 2), "dkm": done.seconds},
             images_per_second=done.images_per_second,
             timing=done.timing,
-            sqnr_db=signal_to_noise(model, inputs),
+            sqnr_db=signal_to_noise(model, calibration_batch(data, self.batch_size, run.seed)),
             details={"left_out_weights": left_out, "initial_soft_share": softness, "soft_share": _soft_shares(model)},
         )
 

@@ -35,7 +35,7 @@ from r2.stages.constants import fold_constants
 from r2.stages.graph import equalizable, places
 from r2.stages.stage import Stage
 from r2.store import Run
-from r2.training.loop import allow_tf32, evaluate
+from r2.training.loop import evaluate, set_arithmetic
 from r2.zoo.modular import modular
 
 
@@ -67,11 +67,7 @@ class PTQ(Stage):
     fold_constant: bool = True
 
     def __post_init__(self) -> None:
-        widths = {"weight_bits": self.weight_bits, "act_bits": self.act_bits}
-        widths |= {f"layer_bits.{name}": bits for name, bits in (self.layer_bits or {}).items()}
-        for key, bits in widths.items():
-            if not 2 <= bits <= 16:
-                raise UserError(f"stage.{key}={bits}: AIMET's grids have 2 to 16 bits")
+        self.check_widths(2, 16, "AIMET's grids have 2 to 16 bits", act_bits=self.act_bits)
         if not 50 <= self.percentile <= 100:
             raise UserError(f"stage.percentile={self.percentile}: choose 50 to 100")
 
@@ -310,7 +306,7 @@ def apart(function: Callable[..., dict], model: nn.Module, batches: list[Tensor]
 
 def _apart(payload: bytes) -> bytes:
     end_with_parent()
-    allow_tf32(False)
+    set_arithmetic(fast=False)
     function, model, batches, device, arguments = pickle.loads(payload)
     done = function(model.to(device), [x.to(device) for x in batches], *arguments)
     done["model"].cpu()

@@ -32,7 +32,7 @@ from r2.quantizers.layers import (
 from r2.recipe import Recipe, finetuning, optimizer_of
 from r2.record import Outcome
 from r2.regularizers import Regularizer
-from r2.stages.stage import Stage
+from r2.stages.stage import Stage, calibration_batch
 from r2.store import Run
 from r2.training.loop import evaluate, has_batchnorm, train
 
@@ -64,11 +64,7 @@ class QAT(Stage):
     clip_norm: Positive | None
 
     def __post_init__(self) -> None:
-        key = "bits" if self.weight_bits == self.bits else "weight_bits"
-        widths = {key: self.weight_bits, **{f"layer_bits.{k}": bits for k, bits in (self.layer_bits or {}).items()}}
-        for key, bits in widths.items():
-            if bits > WIDEST:
-                raise UserError(f"stage.{key}={bits}: a packed file stores weights of at most {WIDEST} bits")
+        self.check_widths(1, WIDEST, f"a packed file stores weights of at most {WIDEST} bits")
 
     def check(self, model: nn.Module, calibration_images: int) -> None:
         super().check(model, calibration_images)
@@ -122,7 +118,7 @@ class QAT(Stage):
             model = sync_batchnorm(model, run.world)
         began = time.monotonic()
         layers = self.prepare(model)
-        images, _ = next(data.calibration(recipe.batch_size, run.seed))
+        images = calibration_batch(data, recipe.batch_size, run.seed)
         calibrate(model, layers, images)
         initial = evaluate(model, data, run.world, recipe)
         start = {"levels_in_use": levels_in_use(layers), "quantizers": scalars(layers)}

@@ -22,10 +22,10 @@ def translate(sim: Any, work: Work) -> nn.Module:
         quantizer = layer.param_quantizers["weight"]
         rounded[name] = quantizer(layer.weight).as_subclass(Tensor)
         scale = quantizer.get_scale().flatten()
-        own = Affine(quantizer.bitwidth, len(scale))
-        own.scale.copy_(scale)
-        own.zero_point.copy_(-(quantizer.get_offset().flatten() + quantizer.qmin))
-        return own
+        grid = Affine(quantizer.bitwidth, len(scale))
+        grid.scale.copy_(scale)
+        grid.zero_point.copy_(-(quantizer.get_offset().flatten() + quantizer.qmin))
+        return grid
 
     swap({name: layer for name, layer in quantizable(result).items() if name in work.places.weights}, affine)
     for name, layer in compressed(result).items():
@@ -40,8 +40,7 @@ def translate(sim: Any, work: Work) -> nn.Module:
 
 def _activation(quantizer: Any) -> Activation:
     scale, offset = quantizer.get_scale(), quantizer.get_offset()
-    own = Activation(quantizer.bitwidth, scale.item(), -(offset.item() + quantizer.qmin))
-    return own.to(scale.device)
+    return Activation(quantizer.bitwidth, scale.item(), -(offset.item() + quantizer.qmin)).to(scale.device)
 
 
 def save(sim: Any, quantized: nn.Module, work: Work, key: str) -> None:

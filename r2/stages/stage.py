@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from r2.config import UserError
-from r2.data.batches import Data
+from r2.data.batches import IGNORED, Data
+from r2.models import Inputs
 from r2.quantizers.layers import layer_bits, obstacles, quantizable
 from r2.recipe import Recipe
 from r2.record import Outcome
 from r2.regularizers import Regularizer
 from r2.store import Run
+
+CALIBRATED = 256  # examples at most: one device holds every layer's input for all of them, whatever the recipe's batch
 
 
 class Stage:
@@ -18,12 +21,14 @@ class Stage:
 
     Attributes:
         from_scratch: the stage trains the untrained model itself, with the regularizer active.
+        bits: what weight_bits is unless it is set.
         weight_bits, act_bits, dim: None where the stage has no such width.
         layer_bits: widths by layer name pattern.
         skip_first_last: these two layers stay as they are.
     """
 
     from_scratch: bool = False
+    bits: int | None = None
     weight_bits: int | None = None
     act_bits: int | None = None
     dim: int | None = None
@@ -35,6 +40,18 @@ class Stage:
         layers = "excl_first_last" if self.skip_first_last else "all"
         widths = {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "dim": self.dim}
         return {**widths, "quantized_layers": layers if self.weight_bits else None}
+
+    def check_widths(self, least: int, most: int, why: str, **others: int) -> None:
+        """
+        Raises:
+            UserError: the weights, or `others` by key, have fewer or more bits than the method takes; says `why`.
+        """
+        assert self.weight_bits is not None
+        widths = {"bits" if self.weight_bits == self.bits else "weight_bits": self.weight_bits, **others}
+        widths |= {f"layer_bits.{pattern}": bits for pattern, bits in (self.layer_bits or {}).items()}
+        for key, bits in widths.items():
+            if not least <= bits <= most:
+                raise UserError(f"stage.{key}={bits}: {why}")
 
     def check(self, model: nn.Module, calibration_images: int) -> None:
         """Refuse, before any training, what does not fit the model (built without values).
@@ -61,3 +78,10 @@ class Stage:
             regularizer: of `model`, for a stage that trains from scratch.
         """
         raise NotImplementedError
+
+
+def calibration_batch(data: Data, batch_size: int, seed: int) -> Inputs:
+    """Training examples on the device, the same on every rank; without images that cannot be decoded."""
+    inputs, labels = next(data.calibration(min(batch_size, CALIBRATED), seed))
+    unread = labels == IGNORED
+    return inputs[~unread] if isinstance(inputs, Tensor) and unread.any() else inputs

@@ -85,9 +85,12 @@ def train(
     reduction = "mean" if recipe.accumulate == 1 else "sum"  # the mean of a micro-batch without an image is NaN
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing, ignore_index=IGNORED, reduction=reduction)
     autocast = _autocast(recipe, device)
-    choose_convolutions(recipe, device)
 
-    with upkeep.watch(), tf32(uses_tf32(recipe, device)), Phase(phase, total, upkeep.step, world.main) as bar:
+    with (
+        upkeep.watch(),
+        arithmetic(fast_arithmetic(recipe, device)),
+        Phase(phase, total, upkeep.step, world.main) as bar,
+    ):
         while position.epoch < recipe.epochs:
             if position.step == 0 and before_epoch:
                 before_epoch(position.epoch)
@@ -123,33 +126,35 @@ def looks_every(world: World) -> int:
     return 1 if world.device.type == "cpu" and world.size == 1 else 10
 
 
-def choose_convolutions(recipe: Recipe, device: torch.device) -> None:
-    """Let cuDNN time its algorithms for each shape, in bf16 and fp16.
-
-    In float32 it uses its heuristics, which are the same in every process, so a resumed run rounds as before.
-    """
-    torch.backends.cudnn.benchmark = device.type == "cuda" and recipe.precision != "fp32"
-
-
-def uses_tf32(recipe: Recipe, device: torch.device) -> bool:
-    """Whether training may: where most products are in 16 bits anyway."""
+def fast_arithmetic(recipe: Recipe, device: torch.device) -> bool:
+    """Whether training may compute float32 products fast: where most products are in 16 bits anyway."""
     return device.type == "cuda" and recipe.precision != "fp32"
 
 
-def allow_tf32(allowed: bool) -> None:
-    """Whether a GPU may keep 10 bits of the factors of a float32 product, in matrix products and convolutions."""
+def set_arithmetic(fast: bool) -> None:
+    """How a GPU computes float32 products.
+
+    Args:
+        fast: with 10 bits of the factors (TF32), by the algorithm that cuDNN has timed as the fastest for the shape.
+            Otherwise in IEEE float32 by cuDNN's heuristics, which are the same in every process, so that a resumed run
+            rounds as before.
+    """
     # PyTorch's newer names make its compiler's questions about the older ones fail.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
+    torch.backends.cudnn.benchmark = fast
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    allow_tf32(allowed)
+def arithmetic(fast: bool) -> Iterator[None]:
+    """`set_arithmetic`, and afterwards back."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    set_arithmetic(fast)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        matmul, convolution, timed = before
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = convolution, timed
 
 
 def _begin_step(optimizers: list[Optimizer], factor: float) -> None:
@@ -290,7 +295,7 @@ def best(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@tf32(False)
+@arithmetic(fast=False)
 def evaluate(model: nn.Module, data: Data, world: World, recipe: Recipe) -> dict[str, float]:
     """Top-1 and top-5 in percent, and mean cross-entropy, over the validation images, each counted once.
 

@@ -58,13 +58,15 @@ def advice(keys: str) -> str:
     return f"Lower {keys}.lr, or set a smaller {keys}.clip_norm; the last checkpoint is kept"
 
 
-def check_weights(state: dict[str, Tensor], phase: str, keys: str) -> None:
+def check_weights(state: dict[str, Tensor], phase: str, keys: str, world: World) -> None:
     """
     Raises:
-        Diverged: a weight or a buffer is not finite, so a run could not resume from it.
+        Diverged: a weight or a buffer is not finite, so a run could not resume from it; on every rank, though
+            BatchNorm's statistics differ between them.
     """
-    for name, value in state.items():
-        if not torch.isfinite(value).all():
+    unfit = torch.stack([~value.isfinite().all() for value in state.values()])  # one wait for the device
+    for name, ranks in zip(state, world.all_reduce(unfit.double()).tolist(), strict=True):
+        if ranks:
             raise Diverged(f"{phase}: {name} is not finite any more. {advice(keys)}")
 
 
@@ -237,28 +239,29 @@ class Upkeep:
             self._stop_or_save()
 
     def _stop_or_save(self) -> None:
-        if self._stopped():
+        stop, due = self._agreed(time.monotonic() - self._saved >= self.run.checkpoint_seconds)
+        if stop:
             self._save()
             self.run.say(f"{self.phase}: stopped by signal {int(self._signal)}; the same command resumes it")
             raise stopped(self._signal, self._handlers)
-        if time.monotonic() - self._saved >= self.run.checkpoint_seconds:
+        if due:
             self._save()
 
-    def _stopped(self) -> bool:
-        """Whether any rank has had a signal."""
+    def _agreed(self, due: bool) -> tuple[bool, bool]:
+        """Whether any rank has had a signal, and whether a checkpoint is due on any: ranks save together."""
         world = self.run.world
         if world.size > 1:
-            flag = world.all_reduce(torch.tensor(float(self._signal), device=world.device))
-            self._signal = self._signal or (signal.SIGTERM if flag > 0 else 0)
-        return bool(self._signal)
+            flags = torch.tensor([float(self._signal), float(due)], device=world.device)
+            signalled, due = (flag > 0 for flag in world.all_reduce(flags).tolist())
+            self._signal = self._signal or (signal.SIGTERM if signalled else 0)
+        return bool(self._signal), due
 
     def _save(self) -> None:
         world, position = self.run.world, self.position
         position.seconds, position.sums = self.seconds(), self.sums.values.cpu()
         position.timing.note_memory(world.device)
         model = self.model.state_dict()
-        if world.main:
-            check_weights(model, self.phase, self.keys)
+        check_weights(model, self.phase, self.keys, world)
         self.run.save_state(
             self.phase,
             made_with=self._made_with,

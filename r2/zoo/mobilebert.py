@@ -14,13 +14,11 @@ from transformers import AutoTokenizer, MobileBertConfig, MobileBertForSequenceC
 from transformers.utils import logging
 
 from r2.config import Count, UserError, first_line
-from r2.hub import fetch
+from r2.hub import SAVED_FILES, VOCABULARY, fetch
 from r2.models import Inputs
 
 logging.set_verbosity_error()  # what it would report of missing weights is checked here
 logging.disable_progress_bar()
-_VOCABULARY = ["vocab.txt", "tokenizer.json"]
-_FILES = ["config.json", "tokenizer_config.json", *_VOCABULARY, "pytorch_model.bin", "model.safetensors"]
 
 
 class MobileBERT(MobileBertForSequenceClassification):
@@ -86,8 +84,8 @@ def tokenizer(source: str, revision: str, max_length: int) -> Any:
         UserError: the source cannot be had, has no vocabulary, or one that does not fit the network.
     """
     folder, settings = _open(source, revision)
-    if not any((folder / name).is_file() for name in _VOCABULARY):
-        raise UserError(f"model.source={source}: has neither {' nor '.join(_VOCABULARY)}; save its tokenizer there too")
+    if not any((folder / name).is_file() for name in VOCABULARY):
+        raise UserError(f"model.source={source}: has neither {' nor '.join(VOCABULARY)}; save its tokenizer there too")
     try:
         found = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of the tokenizers library, which has no class of its own
@@ -106,7 +104,7 @@ def _open(source: str, revision: str) -> tuple[Path, dict[str, Any]]:
     if not folder.is_dir():
         missing = f"model.source={source}: is no folder"
         by_hand = f"hf download {source} --revision {revision} --local-dir DIR, then here model.source=DIR"
-        folder = fetch(source, revision, _FILES, "model", missing, by_hand)
+        folder = fetch(source, revision, list(SAVED_FILES), "model", missing, by_hand)
     try:
         settings = json.loads((folder / "config.json").read_text())
         kind = settings["model_type"]

@@ -98,16 +98,20 @@ def _call_module(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
     elif target in _NOTHING:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
-    elif target in _OF_TWO and all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args):
+    elif target in _OF_TWO and not node.kwargs and all(map(_computed, node.args)):
         _replace(graph, node, model, _OF_TWO[target]())
     elif target in _OF_ONE:
         _replace(graph, node, model, _OF_ONE[target]())
     elif target is F.adaptive_avg_pool2d:
-        _replace(graph, node, model, nn.AdaptiveAvgPool2d(node.args[1]))  # type: ignore[arg-type]
+        _replace(graph, node, model, nn.AdaptiveAvgPool2d(*node.args[1:], **node.kwargs))  # type: ignore[arg-type]
     elif target in ("mean", torch.mean) and keys.get("dim") in ((2, 3), [2, 3], (-2, -1), [-2, -1]):
         pooled = _replace(graph, node, model, nn.AdaptiveAvgPool2d(1))
         if not keys.get("keepdim"):
             _insert(graph, pooled, model, f"{pooled.target}_flat", nn.Flatten(1))
+
+
+def _computed(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op != "get_attr"
 
 
 def _replace(graph: fx.Graph, node: fx.Node, model: nn.Module, module: nn.Module) -> fx.Node:

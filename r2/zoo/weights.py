@@ -56,9 +56,11 @@ def fitting(model: nn.Module, config: dict) -> dict[str, Tensor]:
             if head and key.startswith(head) and found[key].shape[1:] == tensor.shape[1:]:
                 line += f"; the data have {len(tensor)} classes: model.reset_head=true trains a new last layer"
             raise UserError(line)
-        number = key not in found or key.endswith(_COUNTER) or found[key].is_floating_point()
-        if not number or (key in found and not found[key].isfinite().all()):
-            raise UserError(f"{where}: {key} holds values that are no finite floating-point numbers")
+        if key not in found or key.endswith(_COUNTER):
+            continue
+        if found[key].is_floating_point() != tensor.is_floating_point() or not found[key].isfinite().all():
+            kind = "finite floating-point numbers" if tensor.is_floating_point() else "whole numbers"
+            raise UserError(f"{where}: {key} holds values that are no {kind}")
     if strange:
         raise UserError(f"{where}: holds {strange} {_shape(found[strange])}, which {network} does not have")
     return found
