@@ -180,13 +180,16 @@ def run_all(cells: list, jobs: int, gpus: list[str]) -> dict[str, str]:
         why each run that failed did so, by its name.
 
     Raises:
-        UserError: more jobs than GPUs.
+        UserError: more jobs than GPUs, or more devices than a job's share of them.
     """
     from r2.plan.cells import groups
 
     if gpus and jobs > len(gpus):
         raise UserError(f"jobs={jobs}: this machine has {len(gpus)} GPUs, and a job takes at least one")
     share = len(gpus) // jobs
+    for wanted in (cell.config["devices"] for cell in cells):
+        if gpus and wanted != "auto" and wanted > share:
+            raise UserError(f"devices={wanted}: with jobs={jobs} a job has {share} of this machine's {len(gpus)} GPUs")
     free = gpus[: share * jobs]
     waiting = [task for group in groups(cells) for task in _tasks(group, share)]
     running, reasons = list[_Job](), dict[str, str]()

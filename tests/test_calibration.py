@@ -62,3 +62,21 @@ def test_a_layer_called_twice_is_calibrated_over_both_calls(method):
     noise = model.eval()(x)[0] - y
     assert 10 * torch.log10(y.square().sum() / noise.square().sum()) > 20
     assert model.head.quantizer.signed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("frozen, size", [(False, 1.0), (True, 0.1)])
+def test_inputs_are_normalised_as_in_the_training_that_follows(method, frozen, size):
+    """By running statistics that are ten times the batch's, a layer's inputs are a tenth."""
+    torch.manual_seed(0)
+    norm, x = nn.BatchNorm2d(3).eval(), torch.randn(64, 3, 8, 8)
+    norm.running_var.fill_(100.0)
+    model = nn.Sequential(norm, nn.Conv2d(3, 4, 3))
+    swap(quantizable(model), lambda _: method(8, 8))
+    calibrate(model, quantizable(model), x, frozen)
+    alone = nn.Sequential(nn.Conv2d(3, 4, 3))
+    alone[0].load_state_dict({k: v for k, v in model[1].state_dict().items() if "quantizer" not in k})
+    swap(quantizable(alone), lambda _: method(8, 8))
+    calibrate(alone, quantizable(alone), size * nn.BatchNorm2d(3)(x))
+    ours, theirs = model[1].quantizer.activation_grid(), alone[0].quantizer.activation_grid()
+    torch.testing.assert_close(ours.scale, theirs.scale, rtol=0.02, atol=0)

@@ -101,6 +101,7 @@ def test_table_7_keeps_its_data_among_the_others():
         (["table=2", "record=kept"], "did you mean 'records'?"),
         (["table=3", "bits=3"], "did you mean 'stage.bits'?"),
         (["table=2", "seeds=a"], "seed=a"),
+        (["table=2", f"seeds={2**63}"], "below 2^63"),
         (["nonsense"], "key=value"),
     ],
 )
@@ -305,6 +306,9 @@ def test_plan_run_and_rerun(tmp_path):
 def test_jobs_share_gpus_and_each_takes_one():
     with pytest.raises(UserError, match="jobs=4: this machine has 2 GPUs"):
         reproduce.run_all([], 4, ["0", "1"])
+    cells = planned.cells_of([*TINY, "devices=2"])
+    with pytest.raises(UserError, match="devices=2: with jobs=2 a job has 1 of this machine's 2 GPUs"):
+        reproduce.run_all(cells, 2, ["0", "1"])
 
 
 def test_what_begins_on_the_gpus_of_a_pretraining(tmp_path):

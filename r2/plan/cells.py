@@ -99,8 +99,8 @@ def cells_of(overrides: list[str]) -> list[Cell]:
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f"seed={text}: must be a whole number, 0 or more")
+    if not text.isdecimal() or int(text) >= 2**63:  # torch takes no larger one
+        raise UserError(f"seed={text}: must be a whole number, 0 or more and below 2^63")
     return int(text)
 
 

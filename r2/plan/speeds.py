@@ -109,7 +109,7 @@ class Speeds:
     def __init__(self, records: list[Record], device: str, processes: int = 1, given: Given | None = None):
         self.device, self.processes, self.given = device, processes, given
         self._known: dict[tuple, Rate] = {}
-        for found in records:
+        for found in records if given is None else []:
             if found["device"]["type"] != device:
                 continue
             axes, speed = found["axes"], found["images_per_second"]

@@ -16,12 +16,16 @@ from r2.quantizers.layers import Operation, Quantizer, input_of
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> None:
+def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, frozen: bool = False) -> None:
     """Initialise every quantizer in one forward pass, so that a later layer sees quantized inputs.
 
     The pass draws no random number and leaves the model's mode and statistics as they were: a stage's result depends
     on the model and the batch alone. A layer that is called again is initialised again, over the inputs of all calls;
     what is kept for that is what training keeps of the same batch.
+
+    Args:
+        batch: what the model is called with.
+        frozen: BatchNorm normalises by its running statistics, as in a training that keeps them, not by the batch.
     """
     check_weights(layers)
     seen: dict[nn.Module, list[Tensor]] = defaultdict(list)
@@ -32,7 +36,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> 
 
     hooks = [layer.register_forward_pre_hook(initialise, with_kwargs=True) for layer in layers.values()]
     try:
-        with _calibrating(model):
+        with _calibrating(model, frozen):
             model(batch)
     finally:
         for hook in hooks:
@@ -40,14 +44,14 @@ def calibrate(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> 
 
 
 @contextmanager
-def _calibrating(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises by the batch, as in training; dropout is off, and mode and statistics come back."""
+def _calibrating(model: nn.Module, frozen: bool) -> Iterator[None]:
+    """BatchNorm normalises as in training; dropout is off, and mode and statistics come back."""
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     model.eval()
     for norm in norms:
-        norm.train()
+        norm.train(not frozen)
     try:
         yield
     finally:

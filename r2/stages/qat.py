@@ -119,7 +119,7 @@ class QAT(Stage):
         began = time.monotonic()
         layers = self.prepare(model)
         images = calibration_batch(data, recipe.batch_size, run.seed)
-        calibrate(model, layers, images)
+        calibrate(model, layers, images, frozen=self.batchnorm == "freeze")
         initial = evaluate(model, data, run.world, recipe)
         start = {"levels_in_use": levels_in_use(layers), "quantizers": scalars(layers)}
         calibrated = time.monotonic()
