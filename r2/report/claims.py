@@ -243,8 +243,12 @@ HEADER = ["Claim", "Paper's section", "Paper's effect", "Holds if", "Effect", f"
 
 
 def rows(found: list[tuple[Claim, Finding]]) -> list[list[str]]:
-    """Header and one row per claim, as text."""
-    return [HEADER, *[_row(claim, finding) for claim, finding in found]]
+    """Header and one row per claim, as text; by model only where there are several."""
+    table = [HEADER, *[_row(claim, finding) for claim, finding in found]]
+    if any(len(finding.models) > 1 for _, finding in found):
+        return table
+    column = HEADER.index("By model")
+    return [[*row[:column], *row[column + 1 :]] for row in table]
 
 
 def _row(claim: Claim, finding: Finding) -> list[str]:
