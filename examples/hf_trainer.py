@@ -10,7 +10,7 @@ import r2
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIG = ViTConfig(**SIZES, image_size=8, patch_size=2, num_channels=1, num_labels=10)
-QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+SETTINGS = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 
 
 class Range(TrainerCallback):
@@ -24,8 +24,13 @@ class Range(TrainerCallback):
 
 
 def train(model, lr, epochs, *callbacks):
-    batches = {"per_device_train_batch_size": 25, "gradient_accumulation_steps": 2, "num_train_epochs": epochs}
-    arguments = TrainingArguments("hf", learning_rate=lr, **batches, **QUIET)
+    batches = {
+        "per_device_train_batch_size": 25,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": epochs,
+        "use_cpu": True,
+    }
+    arguments = TrainingArguments("hf", learning_rate=lr, **batches, **SETTINGS)
     data = [{"pixel_values": IMAGES[i], "labels": LABELS[i]} for i in TRAIN]
     Trainer(model, arguments, train_dataset=data, callbacks=list(callbacks)).train()
 

@@ -165,6 +165,8 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY.resolve():
+            return None  # r2 is installed in a folder of somebody's own checkout
         changed = git("status", "--porcelain", "--untracked-files=no")
         changed = changed or git("ls-files", "--others", "--exclude-standard", "r2", "configs")  # a method of one's own
         return git("rev-parse", "HEAD") + ("+" if changed else "")

@@ -147,6 +147,9 @@ def reproduce(request: Request) -> int:
     failed = [cell for cell in missing if not record.path_of(cell.directory).exists()]
     for cell in failed:
         print(f"r2: failed: {record.command(cell.config)} ({reasons.get(cell.name, 'not begun')})", file=sys.stderr)
+    for cell in cells:
+        if record.path_of(cell.directory).name == "diverged.json":
+            print(f"r2: diverged, counted at chance: {record.command(cell.config)}", file=sys.stderr)
     folder = out
     if request.records is not None:
         collect(cells, request.records)

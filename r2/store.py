@@ -281,6 +281,6 @@ class Run:
         self.world.barrier()
 
     def note_diverged(self, found: Mapping[str, Any]) -> None:
-        """The record of a training that diverged; the run is not finished, and the same command tries again."""
+        """The record of a training that diverged: of a table's run, a result at chance; r2.run tries again."""
         if self.world.main:
             write_json(self.directory / "diverged.json", found)

@@ -15,6 +15,7 @@ SETTINGS = ("fold_constant", "weight_init", "temperature_mode", "temperature", "
 def main(folder: Path) -> None:
     cells: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     lowest: dict[tuple[str, str], float] = {}
+    pretrained = set()  # of which several runs' records tell
     for found in record.find(folder):
         axes, stage = found["axes"], found["config"]["stage"]
         name = f"{axes['model']} {axes['stage']}" + (f" {axes['weight_bits']} bit" if axes["weight_bits"] else "")
@@ -24,10 +25,9 @@ def main(folder: Path) -> None:
         if found["sqnr_db"]:
             worst = min(value if value is not None else float("-inf") for value in found["sqnr_db"].values())
             lowest[name, setting] = min(worst, lowest.get((name, setting), float("inf")))
-        if found["fp32"]:
-            full = cells[f"{axes['model']} full precision", of_reg][axes["reg"]]
-            if found["fp32"]["top1"] not in full:
-                full.append(found["fp32"]["top1"])
+        if found["fp32"] and found["sha256"]["pretrained"] not in pretrained:
+            pretrained.add(found["sha256"]["pretrained"])
+            cells[f"{axes['model']} full precision", of_reg][axes["reg"]].append(found["fp32"]["top1"])
     regs = sorted({reg for row in cells.values() for reg in row})
     print(f"| method | setting | {' | '.join(regs)} | lowest SQNR, dB |\n|---|---|{'---|' * (len(regs) + 1)}")
     for (name, setting), row in sorted(cells.items()):

@@ -1,9 +1,13 @@
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "WANDB_SILENT": "true"}
 SMALL = ["data=fake", "recipe=smoke", "model.width_mult=0.25"]
 
@@ -27,3 +31,20 @@ def r2(tmp_path):
 
     run.out = tmp_path / "out"
     return run
+
+
+def pytest_configure(config):
+    """Where the tests guard a change, a package of the extra `test` that is missing is an error, not a skip."""
+    if os.environ.get("CI"):
+        for package in (
+            "coremltools",
+            "hypothesis",
+            "onnxruntime",
+            "onnxscript",
+            "openvino",
+            "pyarrow",
+            "timm",
+            "transformers",
+        ):
+            if importlib.util.find_spec(package) is None:
+                raise pytest.UsageError(f"{package} is not installed; CI tests everything: pip install -e '.[test]'")

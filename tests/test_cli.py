@@ -157,7 +157,7 @@ def test_a_mistake_is_one_line_without_torch_and_nothing_is_written(told, words)
 
 
 def test_a_mistake_ends_the_program_with_2(r2):
-    done = r2("reg=margn", timeout=20, env={})
+    done = r2("reg=margn", env={})
     assert done.returncode == 2 and done.stderr.startswith("r2: unknown reg 'margn'") and not r2.out.exists()
 
 

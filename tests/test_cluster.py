@@ -83,13 +83,13 @@ def small_folder(tmp_path):
 
 @pytest.fixture
 def short_stall(monkeypatch):
-    monkeypatch.setattr(images, "STALL", 1.0)
+    monkeypatch.setattr(images, "STALL", 5.0)
 
 
 def test_a_data_worker_that_hangs_ends_the_run(short_stall, small_folder):
     data, batches, worker = small_folder
     os.kill(worker.pid, signal.SIGSTOP)
-    with pytest.raises(UserError, match="no images for 1 s, a data worker or its disk hangs"):
+    with pytest.raises(UserError, match="no images for 5 s, a data worker or its disk hangs"):
         list(batches)  # some may lie ready
         list(data.train(2, 0, 1))
     worker.join(10)

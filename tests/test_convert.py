@@ -50,6 +50,6 @@ def test_an_altered_one_is_not_converted(tmp_path, convert):
 
 
 def test_a_committed_record_has_the_name_that_its_config_gives():
-    for path in sorted((ROOT / "results" / "records").glob("*.json"))[::20]:
+    for path in sorted((ROOT / "results" / "records").glob("*.json")):
         found = read(path, path.stem)
         assert of_run({**found["config"], "choices": found["choices"]}, found["axes"]).name == path.stem

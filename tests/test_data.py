@@ -23,6 +23,7 @@ from r2.data.folder import folder as own
 from r2.data.images import Images, decode
 from r2.data.memory import cifar10, digits, fashion_mnist
 from r2.dist import World
+from r2.plan.cells import cells_of
 
 
 def folder(tmp_path, classes=3, images=6):
@@ -345,14 +346,6 @@ def test_a_rectangle_covers_the_middle_and_keeps_proportions(tmp_path):
     assert all(1.4 < width / height < 2.8 for height, width in boxes)
 
 
-def test_a_bad_image_may_be_a_whole_batch_of_validation_and_a_whole_micro_batch_of_training(tmp_path):
-    folder(tmp_path)
-    (tmp_path / "val" / "n0001" / "3.jpeg").write_bytes(b"not an image")
-    data = Folder(str(tmp_path), 3, 32, 0, "skip", 4).to(World())
-    labels = torch.cat([y for _, y in data.val(1)])
-    assert data.skipped == 1 and (labels == IGNORED).sum() == 1 and len(labels) == 18
-
-
 class LateStream:
     """A CUDA stream that copies only when it is waited for."""
 
@@ -418,3 +411,11 @@ def test_class_folders_of_ones_own_that_do_not_match_or_are_empty_are_named(tmp_
         Folder(str(tmp_path), None, 32, 0, "error", 4)
     with pytest.raises(UserError, match="data.root="):
         own(str(tmp_path), 32, workers=0)
+
+
+def test_data_are_looked_for_where_the_environment_says(tmp_path, monkeypatch):
+    config = ["data=imagenet", "stage=fp32"]
+    monkeypatch.delenv("R2_DATA", raising=False)
+    assert cells_of(config)[0].config["data"]["root"] == "data/imagenet"
+    monkeypatch.setenv("R2_DATA", str(tmp_path))
+    assert cells_of(config)[0].config["data"]["root"] == f"{tmp_path}/imagenet"

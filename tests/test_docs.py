@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import importlib.util
-import os
 import re
 import shlex
 import shutil
@@ -12,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ENV
 from hydra.errors import HydraException
 
-from r2 import compose
+from r2 import compose, reproduce
 from r2.config import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ def test_every_file_of_the_page_on_extending_runs(section, tmp_path):
     for name, content in files:
         (tmp_path / name).write_text(content)
     program = [sys.executable, *shlex.split(command)[1:], "model.width_mult=0.25", "threads=1"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {**ENV, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (packed,) = tmp_path.glob("outputs/*/model.safetensors")
@@ -52,12 +52,50 @@ def test_the_page_on_configuration_is_not_stale():
     )
 
 
+def anchors_of(page):
+    """Of a page's headings, as GitHub and MkDocs name them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
 def test_links_between_the_pages_lead_somewhere():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    for page in pages:
-        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), (page.name, target)
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    found = [(page, target) for page in pages for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    assert sum("#" in target for _, target in found) >= 3
+    for page, target in found:
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            to = page.parent / path if path else page
+            assert to.exists() and (not anchor or anchor in anchors_of(to)), (page.name, target)
+
+
+def commands():
+    """Every command of r2.run and r2.reproduce that a page prints, in one line, but extending.md's, which run."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages if page.name != "extending.md").replace("\\\n", " ")
+    found = re.findall(r"^    python -m (r2\.(?:run|reproduce) .*?)(?: #.*)?$", text, flags=re.MULTILINE)
+    return sorted({" ".join(line.split()) for line in found})
+
+
+# What needs a cluster or the hub, and keys of another commit, which the page names.
+ELSEWHERE = (
+    "hydra/launcher=",
+    "model.weights=timm",
+    "stage=lsq threads=1 model=mbv1 reg=margin seed=100,101",
+    "stage.step_limit=1.0",
+)
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if not any(word in line for word in ELSEWHERE)])
+def test_every_command_that_a_page_prints_is_composed(line, tmp_path):
+    (tmp_path / "FILE").write_bytes(b"a checkpoint")
+    (tmp_path / "DIR").mkdir()
+    (tmp_path / "DIR" / "model.safetensors").write_bytes(b"a checkpoint")
+    program, *words = [re.sub(r"=(FILE|DIR)$", rf"={tmp_path}/\1", word) for word in shlex.split(line)]
+    if program == "r2.reproduce":
+        assert reproduce.read(words).experiments
+    else:
+        assert compose.check_sweep([word for word in words if word != "-m"])
 
 
 def test_every_script_and_file_that_the_pages_name_is_there():

@@ -50,4 +50,6 @@ def test_a_record_s_accuracy_is_the_file_s_and_onnxruntime_s(out, stage, precisi
         export.to_onnx(model, path, images)
         found = export.check(model, path, data, world)
     assert found["images"] == record["metrics"]["images"]
-    assert found["torch_top1"] == found["onnx_top1"] == record["metrics"]["top1"]
+    assert found["torch_top1"] == record["metrics"]["top1"]
+    one = 100 / found["images"]  # an activation on the edge between two levels may round otherwise on another processor
+    assert abs(found["onnx_top1"] - record["metrics"]["top1"]) <= one + 1e-3

@@ -518,3 +518,10 @@ def test_a_folder_of_images_that_cannot_be_decoded_checks_nothing(tmp_path, monk
     unread._val[1][:] = IGNORED
     with pytest.raises(UserError, match="no validation image can be decoded"):
         export.check(model, tmp_path / "model.onnx", unread, World())
+
+
+def test_a_packed_file_alone_takes_the_image_size_that_it_is_given(tmp_path, capsys):
+    pack.save(mobilenet_v1(4, 0.25).eval(), tmp_path / "model.safetensors")
+    main([str(tmp_path / "model.safetensors"), "--image-size", "40", "72"])
+    shape = graph_of(tmp_path / "model.onnx").input[0].type.tensor_type.shape.dim
+    assert [axis.dim_value for axis in shape][1:] == [3, 40, 72]

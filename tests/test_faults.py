@@ -423,3 +423,12 @@ def test_weights_that_are_not_finite_on_one_process_end_all_of_them():
         check_weights(state, "pretrain", "recipe", Two(0, 2))
     with pytest.raises(Diverged, match="bias"):
         check_weights({**state, "bias": torch.tensor([math.nan])}, "pretrain", "recipe", World())
+
+
+def test_tensorboard_gets_every_row(tmp_path):
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with trackers.tensorboard(tmp_path, {}) as tracker:
+        for epoch in (1, 2):
+            tracker.log({"phase": "pretrain", "epoch": epoch, "loss": 0.5 / epoch})
+    found = tensorboard.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("pretrain/loss")] == [(1, 0.5), (2, 0.25)]

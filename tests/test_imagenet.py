@@ -15,10 +15,12 @@ from test_shards import encoded, photographs, prepare
 
 from r2 import compose, pack
 from r2.data.facts import FACTS
+from r2.dist import World
 from r2.plan import step
 from r2.plan.cells import cells_of
 from r2.report import tables
 from r2.report.tables import FP32, paper
+from r2.run import experiment
 
 # Keys of the paper's recipe, of its pretraining and of EWGS: a run is found again as long as they stay.
 KNOWN = {
@@ -126,3 +128,11 @@ def test_a_dry_run_on_shards(root, tmp_path, monkeypatch):
     (record,) = dry_run(tmp_path / "out", *words)
     assert (record["axes"]["data"], record["axes"]["stage"]) == ("imagenet_shards", "ewgs")
     assert "Table 3: " in (tmp_path / "out" / "imagenet_shards" / "tables.md").read_text()
+
+
+@pytest.mark.imagenet
+def test_torchvisions_resnet18_has_its_published_accuracy(tmp_path):
+    """69.758 % by torchvision's own evaluation; ours resizes and sums in another order."""
+    words = ["data=imagenet", "model=rn18", "model.weights=torchvision", "stage=fp32", f"out={tmp_path}"]
+    record = experiment(cells_of(words)[0].config, World())
+    assert record["metrics"]["images"] == 50_000 and abs(record["metrics"]["top1"] - 69.758) < 0.15

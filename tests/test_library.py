@@ -90,11 +90,13 @@ def test_any_model_is_compressed_trained_packed_and_read(method, tmp_path):
         assert torch.equal(loaded(IMAGES), model(IMAGES))
 
 
-def test_the_range_of_inputs_and_levels_are_those_asked_for():
+def test_the_widths_of_inputs_and_weights_are_those_asked_for():
     model = made()
     r2.compress(model, "lsq", IMAGES, bits=2, layer_bits={"head": 8}, skip_first_last=False)
     levels = {name: len(layer.quantizer.weight(layer.weight).unique()) for name, layer in compressed(model).items()}
     assert levels["depthwise"] <= 4 < levels["head"]
+    widths = {name: layer.quantizer.act_bits for name, layer in compressed(model).items()}
+    assert (widths["depthwise"], widths["head"]) == (2, 8)
 
 
 def test_a_file_of_another_model_names_what_does_not_fit(tmp_path):

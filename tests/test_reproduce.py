@@ -390,3 +390,22 @@ def test_a_workers_error_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("r2.dist.end_with_parent", lambda: None)
     reproduce._run([{}], [], ends)
     assert capsys.readouterr().err == "r2: x.jpeg: bad\n" and ends == ["x.jpeg: bad"]
+
+
+def test_a_diverged_run_of_a_table_is_told_counts_at_chance_and_is_not_repeated(tmp_path):
+    words = [
+        "table=3",
+        *TINY,
+        "reg=l2",
+        "seeds=0",
+        "recipe.epochs=1",
+        "recipe.lr=1e30",
+        f"records={tmp_path / 'records'}",
+    ]
+    told = "r2: diverged, counted at chance: python -m r2.run data=fake"
+    first = program(tmp_path, *words)
+    assert first.returncode == 0 and told in first.stderr and "1 to do" in first.stdout, first.stderr
+    (path,) = (tmp_path / "records").glob("*.json")
+    assert json.loads(path.read_text())["metrics"]["top1"] == 10
+    again = program(tmp_path, *words)
+    assert again.returncode == 0 and told in again.stderr and "1 finished before, 0 to do" in again.stdout

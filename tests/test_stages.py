@@ -1,7 +1,10 @@
 """Every stage through the real command line on made-up data: records, files, sizes."""
 
 import functools
+import itertools
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from r2 import console, pack, pretrain
 from r2 import record as recording
 from r2.config import build
 from r2.data.batches import IGNORED, Data
+from r2.data.memory import Memory
 from r2.dist import World
 from r2.plan.cells import cells_of
 from r2.recipe import Recipe
@@ -233,3 +237,30 @@ def test_the_recorded_commit_is_that_of_the_beginning(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         experiment(cells_of(words)[0].config, World())
     assert seen == [1]
+
+
+@pytest.mark.parametrize("stage", ["ewgs", "dkm"])
+def test_a_run_cut_in_any_phase_resumes_to_the_same_weights(stage, tmp_path, monkeypatch):
+    """MobileNet-V2 has dropout, signed inputs and shortcuts, EWGS an optimizer of its own for its bounds."""
+    words = [*SMALL, "model=mbv2", f"stage={stage}", "reg=margin", "data.train_images=48", "data.val_images=8"]
+    words += ["recipe.epochs=2", "recipe.batch_size=16", "recipe.finetune.epochs=2", "recipe.finetune.batch_size=16"]
+
+    def finish(folder, stop_at=None):
+        steps, train = itertools.count(1), Memory.train
+
+        def batches(self, *arguments):
+            for batch in train(self, *arguments):
+                if next(steps) == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Memory, "train", batches)
+            record = experiment(cells_of([*words, f"out={folder}"])[0].config, World())
+        return record["sha256"], record["metrics"], record["fp32"]
+
+    expected = finish(tmp_path / "whole")
+    for stop_at in (5, 4):  # in the second epoch of pretraining, then of the stage
+        with pytest.raises(SystemExit):
+            finish(tmp_path / "cut", stop_at)
+    assert list((tmp_path / "cut").glob("*/*.ckpt")) and finish(tmp_path / "cut") == expected

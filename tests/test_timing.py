@@ -97,6 +97,7 @@ def test_curve_and_record_say_it(r2):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_of_a_gpu_is_its_own_and_of_this_epoch():
     device = torch.device("cuda", 0)
     torch.empty(64 << 20, dtype=torch.uint8, device=device)

@@ -152,12 +152,15 @@ def formats(shards: Shards, root: Path) -> dict[str, Callable[[], None]]:
         for i in rng.permutation(len(source.labels)):
             source.read(i), source.labels[i]
 
+    samples = webdataset.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(1000).to_tuple("jpg", "cls")
+    streamed = litdata.StreamingDataset(str(root / "litdata"), shuffle=True)
+
     def web() -> None:
-        for _ in webdataset.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(1000).to_tuple("jpg", "cls"):
+        for _ in samples:
             pass
 
     def lit() -> None:
-        for _ in litdata.StreamingDataset(str(root / "litdata"), shuffle=True):
+        for _ in streamed:
             pass
 
     return {"tar with an index": indexed, "webdataset (shuffle buffer 1000)": web, "litdata": lit}

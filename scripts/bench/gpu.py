@@ -44,6 +44,7 @@ from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, optimizer_of
 from r2.record import commit, finite
 from r2.store import make_directory, write
+from r2.training.loop import set_arithmetic
 
 LIMIT = 540  # seconds of all sections together
 CODEBOOKS = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 4), (8, 1)]
@@ -132,7 +133,7 @@ def gradients(model: nn.Module) -> Tensor:
 
 def agreement(smallest: bool) -> dict[str, Any]:
     """Relative differences of one training step of every method on the device from the same on the CPU, in float32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    set_arithmetic(fast=False)
     torch.manual_seed(0)
     size, batch = (32, 4) if smallest else (64, 32)
     original = models.mobilenet_v1(10, 0.25).train()
@@ -261,6 +262,7 @@ def steps(smallest: bool) -> dict[str, Any]:
     words = ["--rounds", "1", "--batch", "2", "--size", "32", "--model", "mobilenet_v1", "--width", "0.25"]
     if not smallest:
         words = ["--rounds", "6", "--batch", "256", "--size", "112"]
+    set_arithmetic(fast=False)  # as in r2's training in fp32
     text = output_of(str(Path(__file__).with_name("step.py")), *words)
     found: dict[str, Any] = {"setting": text.splitlines()[0]}
     for name, ms, percent in re.findall(r"^(\S.*?)\s{2,}([\d.]+) ms(?: =\s+([\d.]+) %)?", text, re.MULTILINE):
@@ -329,6 +331,7 @@ def _training_step(
 
 def throughput(smallest: bool) -> dict[str, Any]:
     """Images/s of training steps at 224, batch 256, in bf16; timm's networks and optimizer on the same tensors."""
+    set_arithmetic(fast=True)  # as in r2's training in bf16
     batch, size = (2, 32) if smallest else (256, 224)
     images, labels = _tensors(batch, size)
     with_timm = importlib.util.find_spec("timm") is not None
@@ -342,7 +345,7 @@ def throughput(smallest: bool) -> dict[str, Any]:
             from timm.optim import create_optimizer_v2
 
             peer = timm.create_model(theirs, num_classes=1000).to(device, memory_format=torch.channels_last)
-            optimizer = create_optimizer_v2(peer, opt="sgd", lr=1e-4, weight_decay=1e-4, momentum=0.9)
+            optimizer = create_optimizer_v2(peer, opt="sgd", lr=1e-4, weight_decay=1e-4, momentum=0.9, fused=True)
             variants["timm"] = _training_step(peer, images, labels, "bf16", optimizer)
         row: dict[str, Any] = {}
         for benchmark in (False, True)[: 2 if device.type == "cuda" else 1]:
@@ -434,10 +437,14 @@ def cell(smallest: bool) -> dict[str, Any]:
 def tests(smallest: bool) -> dict[str, Any]:
     """pytest -m gpu: how many pass; those that there was no time for are in neither count."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=line", "-p", "no:cacheprovider"]
-    command += ["tests/test_gpu.py"] * smallest
+    folder = REPOSITORY / "tests"
+    if not folder.is_dir():
+        raise RuntimeError("an installed r2 has no tests; run this in a checkout")
+    command += [str(folder / "test_gpu.py" if smallest else folder)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     found: dict[str, Any] = {"passed": 0, "failed": [], "skipped": 0, "finished": False}
     assert process.stdout is not None
+    line = ""
     for line in process.stdout:
         if match := re.match(r"\S*(test_\w+\.py::\S+) (PASSED|FAILED|ERROR|SKIPPED)", line):
             if match[2] in ("FAILED", "ERROR"):
@@ -445,7 +452,10 @@ def tests(smallest: bool) -> dict[str, Any]:
             else:
                 found[match[2].lower()] += 1
             keep(found)
-    found["finished"] = process.wait() in (0, 1, 5)
+    ended = process.wait()
+    if not (found["passed"] or found["failed"] or found["skipped"]):
+        raise RuntimeError(f"pytest ran no test and ended with {ended}: {line.strip()}")
+    found["finished"] = ended in (0, 1)
     return found
 
 

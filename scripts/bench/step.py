@@ -36,7 +36,7 @@ from r2.quantizers.lsq import LSQ, bound_gradients, bound_updates
 from r2.quantizers.pact import PACT
 from r2.recipe import Recipe, optimizer_of
 from r2.store import Run
-from r2.training.loop import train
+from r2.training.loop import set_arithmetic, train
 from r2.training.small_maps import fast_on_small_maps
 
 parser = argparse.ArgumentParser()
@@ -49,6 +49,7 @@ parser.add_argument("--count", action="store_true")
 arguments = parser.parse_args()
 
 keep_freed_memory()  # as r2's commands do
+set_arithmetic(fast=False)  # in fp32
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
 images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=device)
@@ -122,7 +123,7 @@ def whole_loop(steps: int) -> None:
 
 def bare_loop(steps: int) -> None:
     model = copy.deepcopy(original)
-    step = training_step(model, [optimizer_of(model, recipe)], forward=model)
+    step = training_step(model, [optimizer_of(model, recipe)])
     for _ in range(steps):
         step()
 
