@@ -24,12 +24,7 @@ class Range(TrainerCallback):
 
 
 def train(model, lr, epochs, *callbacks):
-    batches = {
-        "per_device_train_batch_size": 25,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": epochs,
-        "use_cpu": True,
-    }
+    batches = {"per_device_train_batch_size": 25, "gradient_accumulation_steps": 2, "num_train_epochs": epochs}
     arguments = TrainingArguments("hf", learning_rate=lr, **batches, **SETTINGS)
     data = [{"pixel_values": IMAGES[i], "labels": LABELS[i]} for i in TRAIN]
     Trainer(model, arguments, train_dataset=data, callbacks=list(callbacks)).train()
