@@ -169,7 +169,10 @@ def _margins(reg, w, lr, steps):
     return torch.tensor(sizes)
 
 
-@pytest.mark.parametrize("lr", [0.05, 0.4, 1.0])
+SMALL_RATE = pytest.param(0.05, marks=pytest.mark.slow)  # tens of thousands of steps
+
+
+@pytest.mark.parametrize("lr", [SMALL_RATE, 0.4, 1.0])
 @pytest.mark.parametrize("count", [10, 1000, 100_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", [0.0, 0.01, 3.0])  # of max |w|: 0 and 0.01 leave most weights outside, 3 none
 def test_margin_comes_to_the_largest_weight_from_either_side(count, lr, start):
@@ -187,7 +190,7 @@ def test_margin_comes_to_the_largest_weight_from_either_side(count, lr, start):
     assert 0.3 < sizes[-50:].min() and sizes[-50:].max() < 1.7
 
 
-@pytest.mark.parametrize("lr", [0.05, 1.0])
+@pytest.mark.parametrize("lr", [SMALL_RATE, 1.0])
 def test_margin_follows_weights_that_change_their_size(lr):
     torch.manual_seed(0)
     model = nn.Linear(1000, 1, bias=False)
