@@ -232,8 +232,17 @@ def end_with_parent() -> None:
 
 
 def device_count(devices: int | str) -> int:
-    """Processes to start: one per GPU, or as asked."""
+    """Processes to start: one per GPU, or as asked.
+
+    Raises:
+        UserError: more than there are; there are GPUs that this torch cannot use.
+    """
     gpus = torch.cuda.device_count()
+    if gpus and not torch.cuda.is_available():  # the first asks the driver, the second CUDA
+        raise UserError(
+            f"this machine's GPUs cannot be used by torch {torch.__version__}: install one for its driver "
+            "(nvidia-smi names the CUDA version), or hide them by CUDA_VISIBLE_DEVICES="
+        )
     if devices == "auto":
         return max(gpus, 1)
     available, kind = (gpus, "GPU") if gpus else (os.cpu_count() or 1, "CPU core")
@@ -249,8 +258,7 @@ def _start(function: Callable, config: dict, count: int) -> Any:
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a worker says itself why it stops
-    if not torch.cuda.is_available():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -283,11 +291,24 @@ def _worker(function: Callable, config: dict) -> Any:
     return record(_join)(function, config)
 
 
+def _gpu_of(local: int) -> int:
+    """The number of the GPU of this node's process `local`.
+
+    Raises:
+        UserError: there are fewer GPUs.
+    """
+    there = torch.cuda.device_count()
+    if there == 1 and "SLURM_LOCALID" in os.environ:
+        return 0  # where SLURM binds a GPU to each task, a task sees that one alone
+    if local >= there:
+        raise UserError(f"LOCAL_RANK={local}: this machine has {there} GPUs")
+    return local
+
+
 def _join(function: Callable, config: dict) -> Any:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"LOCAL_RANK={local}: this machine has {torch.cuda.device_count()} GPUs")
+        local = _gpu_of(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:

@@ -30,7 +30,7 @@ class fused:
 
     def __init__(self, function: Callable):
         self.plain = function
-        self._compiled: list[Any] = []
+        self._compiled: list[tuple[Any, int]] = []  # with the number of elements that it was laid out for
         self._fails = False
         self._chosen: dict[tuple, Callable] = {}
 
@@ -58,13 +58,17 @@ class fused:
         takes longer than most kernels."""
         # `.data` is neither a view nor part of a graph: the compiler would make one more kernel for each kind.
         args = tuple(a.data if isinstance(a, torch.Tensor) else a for a in args)
-        for kernel in self._compiled:
-            if kernel.guard_check(*args):
+        elements = args[0].numel()
+        for kernel, meant in self._compiled:
+            # A reduction on a GPU is split among blocks for the first length, or for a short one not split at all.
+            suits = not args[0].is_cuda or meant / 8 <= elements <= 8 * meant
+            if suits and kernel.guard_check(*args):
                 return kernel
         if self._fails or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
             return self.plain
         try:
-            compiled: Any = torch.compile(self.plain, dynamic=True, fullgraph=True)
+            options: dict[str, Any] = {_ROUNDS: True} if args[0].is_cuda and divides_as_pytorch() else {}
+            compiled: Any = torch.compile(self.plain, dynamic=True, fullgraph=True, options=options)
             kernel = compiled.aot_compile((args, {}))
         except Exception as error:  # no C++ compiler or Triton on this machine
             reason = first_line(error)
@@ -72,14 +76,25 @@ class fused:
             self._fails = True
             return self.plain
         kernel.disable_guard_check()
-        self._compiled.append(kernel)
+        self._compiled.append((kernel, elements))
         return kernel
+
+
+_ROUNDS = "eager_numerics.division_rounding"  # of Inductor: Triton's own division is approximate
+
+
+def divides_as_pytorch() -> bool:
+    """Whether this version of Inductor can be told to round a quotient on a GPU as PyTorch does."""
+    from torch._inductor import config
+
+    return hasattr(getattr(config, "eager_numerics", None), "division_rounding")
 
 
 def exactly(kernel: fused, like: torch.Tensor) -> Callable:
     """`kernel` where its result is PyTorch's to the last bit, as that of `decode` is: not in 16 bits, whose roundings
-    between operations a compiled kernel leaves out."""
-    return kernel if like.dtype in (torch.float32, torch.float64) else kernel.plain
+    between operations a compiled kernel leaves out, and on a GPU not where it cannot be told to round quotients."""
+    exact = like.dtype in (torch.float32, torch.float64) and (not like.is_cuda or divides_as_pytorch())
+    return kernel if exact else kernel.plain
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,14 +128,13 @@ def matching(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def argmax_abs(w: torch.Tensor) -> torch.Tensor:
     """Index (1,) of the largest |w|."""
-    if w.device.type == "cuda":
-        return w.abs().argmax().view(1)
-    # A CPU's argmax is slow: the maxima of short rows first, so each weight is read once.
-    rows = w[: w.numel() // 64 * 64].view(-1, 64)
+    # The maxima of rows first, so each weight is read once: a CPU's argmax is slow, a compiled one on a GPU one block.
+    width = 1024 if w.device.type == "cuda" else 64
+    rows = w[: w.numel() // width * width].view(-1, width)
     candidates = [torch.arange(rows.numel(), w.numel(), device=w.device)]
     if len(rows):
         for extreme in (rows.amax(1).argmax(), rows.amin(1).argmin()):
-            candidates.append(extreme * 64 + torch.arange(64, device=w.device))
+            candidates.append(extreme * width + torch.arange(width, device=w.device))
     index = torch.cat(candidates)
     # index_select, since an index by a 0-d tensor makes the host wait for the device
     largest = w.index_select(0, index).abs().argmax()

@@ -154,12 +154,13 @@ def hard(vectors: Tensor, centroids: Tensor) -> Tensor:
         middle = (ordered[1:] + ordered[:-1]) / 2
         return order.to(torch.uint8)[torch.bucketize(vectors.flatten(), middle, out_int32=True)]
     out = torch.empty(len(vectors), dtype=torch.uint8, device=vectors.device)
-    for i in range(0, len(vectors), 1 << 16):
-        x = vectors[i : i + (1 << 16)].t().contiguous()
+    piece = 1 << 16 if vectors.device.type == "cpu" else 1 << 22  # what a cache holds; on a GPU, what memory does
+    for i in range(0, len(vectors), piece):
+        x = vectors[i : i + piece].t().contiguous()
         least = torch.full_like(x[0], math.inf)
         for j, c in enumerate(centroids):
             distance = sum((x[a] - c[a]).square() for a in range(len(c)))
-            out[i : i + (1 << 16)].masked_fill_(distance < least, j)
+            out[i : i + piece].masked_fill_(distance < least, j)
             least = torch.minimum(least, distance)  # type: ignore[arg-type]
     return out
 

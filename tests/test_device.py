@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from r2 import kernels, models, regularizers
+from r2 import dist, kernels, models, regularizers
 from r2.clustering import passes
+from r2.config import UserError
 from r2.palettize import Palette
 from r2.quantizers import affine, ewgs, lsq, pact
 from r2.quantizers.layers import quantizable, quantizer_parameters, swap
@@ -146,3 +147,21 @@ def test_what_is_left_on_the_cpu_or_asked_of_values_fails():
                 x = torch.empty(3, device=device)
                 with pytest.raises((RuntimeError, NotImplementedError)), OnDevice():
                     case(x)
+
+
+def test_gpus_that_torch_cannot_use_are_said_and_not_taken_for_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="GPUs cannot be used by torch"):
+        dist.device_count("auto")
+
+
+def test_a_task_of_slurm_that_sees_one_gpu_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK=3: this machine has 1 GPUs"):
+        dist._gpu_of(3)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert dist._gpu_of(3) == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert dist._gpu_of(3) == 3

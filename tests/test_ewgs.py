@@ -124,3 +124,16 @@ def test_a_capped_start_leaves_no_level_empty():
         quantizer.initialise([torch.randn(4, 4001)], w[None], torch.nn.functional.linear)
         levels[start] = quantizer.encode(w).unique().tolist()
     assert levels == {"official": [1, 2], "capped": [0, 1, 2, 3]}
+
+
+def test_the_hessian_passes_no_batchnorm_without_a_second_derivative(monkeypatch):
+    """PyTorch's SyncBatchNorm has none on a GPU."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+    swap(quantizable(model), lambda _: ewgs.EWGS(2, 2, 1e-3))
+    calibrate(model, quantizable(model), images)
+    expected = gradient_scales(model, ["0", "4"], [(images, labels)], 2, 0)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda *_: pytest.fail("of the replica"))
+    assert gradient_scales(synchronised, ["0", "4"], [(images, labels)], 2, 0) == expected
+    assert type(synchronised[1]) is nn.SyncBatchNorm

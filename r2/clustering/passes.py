@@ -203,8 +203,13 @@ def _triton() -> "type[Passes] | None":
         return None
     try:
         from r2.clustering.gpu import Kernels
-    except ImportError as error:
-        warnings.warn(f"DKM has no kernels for this GPU, and is slower: {error}", stacklevel=2)
+
+        if torch.cuda.is_available():
+            from triton.runtime import driver
+
+            driver.active.get_current_target()  # needs a C compiler and the system's libcuda
+    except Exception as error:
+        warnings.warn(f"DKM has no kernels for this GPU, and is slower: {first_line(error)}", stacklevel=2)
         return None
     return Kernels
 

@@ -13,6 +13,7 @@ from r2.data.facts import facts
 from r2.dist import keep_freed_memory
 from r2.hub import need_extra
 from r2.models import Inputs
+from r2.training.loop import arithmetic
 from r2.training.small_maps import fast_on_small_maps
 
 
@@ -28,12 +29,13 @@ def measure(config: dict, device: str) -> float:
     while True:
         model, inputs, labels = example(config, batch, device)
         seconds = []
-        for _ in range(3):  # the first sets up and is not counted
-            began = time.perf_counter()
-            loss = loss_of(config, model, inputs, labels)
-            loss.backward()
-            loss.item()
-            seconds.append(time.perf_counter() - began)
+        with arithmetic(device == "cuda" and config["recipe"]["precision"] != "fp32"):
+            for _ in range(3):  # the first sets up and is not counted
+                began = time.perf_counter()
+                loss = loss_of(config, model, inputs, labels)
+                loss.backward()
+                loss.item()
+                seconds.append(time.perf_counter() - began)
         if device == "cuda" or batch >= largest or min(seconds[1:]) >= 0.25:
             return batch / min(seconds[1:])
         batch = min(4 * batch, largest)

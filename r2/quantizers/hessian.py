@@ -28,6 +28,9 @@ def gradient_scales(
     """
     replica = copy.deepcopy(model).train()  # the pass moves BatchNorm's statistics
     modules = dict(replica.named_modules())
+    for module in modules.values():
+        if type(module) is nn.SyncBatchNorm:  # has no second derivative; every rank has the same batch
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     taps: dict[tuple[str, str], Tensor] = {}
 
     def record(name: str):  # type: ignore[no-untyped-def]

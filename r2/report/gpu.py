@@ -105,7 +105,10 @@ def _dkm(found: dict, sections: dict) -> Rows:
 def _of_dkm(who: str, of: dict[str, Any]) -> str:
     if "ms" not in of:
         return f"{who} does not run ({of['error']})".replace("|", "/")
-    off = f", off by {of['weights_off']:.1e}, gradient {of['gradient_off']:.1e}" if "weights_off" in of else ""
+    off = ""
+    if "weights_off" in of:
+        values = ["not finite" if of[key] is None else f"{of[key]:.1e}" for key in ("weights_off", "gradient_off")]
+        off = f", off by {values[0]}, gradient {values[1]}"
     return f"{who} {of['ms']:.2f} ms, {of['mib']:,.0f} MiB{off}"
 
 

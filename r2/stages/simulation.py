@@ -29,8 +29,9 @@ def translate(sim: Any, work: Work) -> nn.Module:
 
     swap({name: layer for name, layer in quantizable(result).items() if name in work.places.weights}, affine)
     for name, layer in compressed(result).items():
-        layer.codes = layer.quantizer.encode(rounded[name])
-        layer.weight.copy_(layer.quantizer.decode(layer.codes, layer.weight))
+        codes = layer.quantizer.encode(rounded[name])
+        layer.weight.copy_(layer.quantizer.decode(codes, layer.weight))
+        layer.codes = codes.cpu()  # no buffer, so `to` would leave them where they are
     for name in work.places.inputs:
         quantize_input(result.get_submodule(name), _activation(sim.model.get_submodule(name).input_quantizers[0]))
     for name in work.places.outputs:

@@ -136,25 +136,25 @@ def set_arithmetic(fast: bool) -> None:
 
     Args:
         fast: with 10 bits of the factors (TF32), by the algorithm that cuDNN has timed as the fastest for the shape.
-            Otherwise in IEEE float32 by cuDNN's heuristics, which are the same in every process, so that a resumed run
-            rounds as before.
+            Otherwise in IEEE float32 by cuDNN's deterministic algorithms, chosen by heuristics, which are the same in
+            every process, so that a resumed run rounds as before.
     """
     # PyTorch's newer names make its compiler's questions about the older ones fail.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
-    torch.backends.cudnn.benchmark = fast
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = fast, not fast
 
 
 @contextlib.contextmanager
 def arithmetic(fast: bool) -> Iterator[None]:
     """`set_arithmetic`, and afterwards back."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    cudnn, before = torch.backends.cudnn, torch.backends.cuda.matmul.allow_tf32
+    of_cudnn = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
     set_arithmetic(fast)
     try:
         yield
     finally:
-        matmul, convolution, timed = before
-        torch.backends.cuda.matmul.allow_tf32 = matmul
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = convolution, timed
+        torch.backends.cuda.matmul.allow_tf32 = before
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = of_cudnn
 
 
 def _begin_step(optimizers: list[Optimizer], factor: float) -> None:
