@@ -157,9 +157,15 @@ def _sha256_of(file: str, changed: int, size: int) -> str:
 
 
 def contents(*sources: str | None) -> dict[str, str]:
-    """The sha256 over the files of each source of text models that is a folder, as runs are named by content."""
-    folders = {source: Path(source) for source in sources if source and Path(source).is_dir()}
-    return {source: _sha256_of_folder(folder) for source, folder in folders.items()}
+    """The sha256 over the files of each source of text models that is a folder, as runs are named by content.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    try:
+        return {source: _sha256_of_folder(Path(source)) for source in sources if source and Path(source).is_dir()}
+    except OSError as error:
+        raise UserError(f"model.source: {error.filename}: cannot be read ({error.strerror})") from None
 
 
 def _sha256_of_folder(folder: Path) -> str:
