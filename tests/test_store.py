@@ -2,11 +2,12 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 
 import pytest
 import torch
 
-from r2 import store
+from r2 import record, store
 from r2.config import UserError
 from r2.dist import World
 
@@ -167,3 +168,16 @@ def test_a_lock_is_waited_for_and_free_once_its_holder_is_killed(tmp_path):
         assert not list(tmp_path.glob("*.part"))
     os.waitpid(pid, 0)
     assert store.holder(tmp_path) is None and not (tmp_path / ".owner").exists()
+
+
+def test_the_commit_is_that_of_r2s_own_checkout(tmp_path, monkeypatch):
+    """Installed inside somebody's own project, r2 has none."""
+    installed = tmp_path / ".venv" / "site-packages"
+    installed.mkdir(parents=True)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "theirs"], cwd=tmp_path, check=True)
+    monkeypatch.setattr(record, "REPOSITORY", installed)
+    assert record.commit.__wrapped__() is None
+    monkeypatch.setattr(record, "REPOSITORY", tmp_path)
+    assert len(record.commit.__wrapped__().rstrip("+")) == 40
