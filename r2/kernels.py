@@ -4,6 +4,7 @@ The wrapped functions take flat tensors and run at memory speed once fused; in e
 reads and writes the whole tensor. TORCH_COMPILE_DISABLE=1 (PyTorch's own switch) turns fusion off.
 """
 
+import functools
 import logging
 import os
 import warnings
@@ -83,6 +84,7 @@ class fused:
 _ROUNDS = "eager_numerics.division_rounding"  # of Inductor: Triton's own division is approximate
 
 
+@functools.cache
 def divides_as_pytorch() -> bool:
     """Whether this version of Inductor can be told to round a quotient on a GPU as PyTorch does."""
     from torch._inductor import config

@@ -87,7 +87,8 @@ ELSEWHERE = (
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if not any(word in line for word in ELSEWHERE)])
-def test_every_command_that_a_page_prints_is_composed(line, tmp_path):
+def test_every_command_that_a_page_prints_is_taken(line, tmp_path):
+    """Of r2.run the whole config is composed and checked, of r2.reproduce the words are read."""
     (tmp_path / "FILE").write_bytes(b"a checkpoint")
     (tmp_path / "DIR").mkdir()
     (tmp_path / "DIR" / "model.safetensors").write_bytes(b"a checkpoint")

@@ -9,6 +9,7 @@ Both are unbiased.
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ def gradient_scales(
     """
     replica = copy.deepcopy(model).train()  # the pass moves BatchNorm's statistics
     modules = dict(replica.named_modules())
-    for module in modules.values():
-        if type(module) is nn.SyncBatchNorm:  # has no second derivative; every rank has the same batch
-            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    synchronised: list[Any] = [module for module in replica.modules() if type(module) is nn.SyncBatchNorm]
+    for norm in synchronised:  # has no second derivative; every rank has the same batch
+        norm.__class__ = nn.BatchNorm2d
     taps: dict[tuple[str, str], Tensor] = {}
 
     def record(name: str):  # type: ignore[no-untyped-def]
